@@ -1,0 +1,39 @@
+# Every target makes what it needs: on a machine with only Python (>= 3.11), `make demo` and `make test` do it all.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A CUDA torch: make setup TORCH="torch==2.13.0 --index-url <the wheel index for your CUDA>"
+TORCH ?= torch==2.13.0
+
+.PHONY: setup demo test test-slow lint format clean
+
+$(VENV)/.setup-done: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	# torch first: what comes after then keeps this build in place of fetching another one.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	touch $@
+
+setup: $(VENV)/.setup-done
+
+demo: setup
+	$(BIN)/symile-dist demo --out runs/demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Presets, each headed by its command, hardware, expected time and result."""

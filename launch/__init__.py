@@ -1,0 +1,1 @@
+"""How a job reaches machines: this one, or the Ray cluster that RAY_ADDRESS names."""

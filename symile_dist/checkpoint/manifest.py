@@ -1,0 +1,105 @@
+"""The manifest of a checkpoint: what makes a folder of shards a checkpoint.
+
+It is written last, atomically, once every rank's files are on disk: a folder without a manifest is not a checkpoint,
+whatever it holds. It lists every file with size and sha256, and nothing is unpickled before they agree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from symile_dist.storage import read_json, sha256_of_file, write_json
+
+MANIFEST = "manifest.json"
+VERSION = 1
+_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or does not fit; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    path: str
+    """Relative to the checkpoint's folder."""
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    step: int
+    world_size: int
+    zero_stage: int
+    precision: str
+    config_digest: str
+    code_version: str
+    train_state: dict[str, Any]
+    """The loop's counters."""
+    loader_state: dict[str, Any]
+    """Where the data stream stands, and what it must be made of."""
+    files: tuple[FileEntry, ...]
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / MANIFEST, {"version": VERSION, **asdict(self)})
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def checkpoint_folders(directory: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything that is named like a checkpoint, by step."""
+    if not directory.is_dir():
+        return []
+    found = [(_STEP_FOLDER.fullmatch(path.name), path) for path in directory.iterdir() if path.is_dir()]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def complete_checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of those that were committed, by step. Their files are not looked at: see `verify`."""
+    return [(step, path) for step, path in checkpoint_folders(directory) if (path / MANIFEST).exists()]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises CheckpointError when the manifest is missing or damaged."""
+    path = folder / MANIFEST
+    try:
+        content = read_json(path)
+        if content.pop("version") != VERSION:
+            raise CheckpointError(f"{path}: made by another version of symile_dist")
+        files = tuple(FileEntry(**entry) for entry in content.pop("files"))
+        manifest = Manifest(files=files, **content)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: not a complete checkpoint (it has no {MANIFEST})") from None
+    except CheckpointError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged manifest: {error}") from None
+    if folder_name(manifest.step) != folder.name:
+        raise CheckpointError(f"{path}: is the manifest of step {manifest.step}, not of {folder.name}")
+    for entry in files:
+        if Path(entry.path).is_absolute() or ".." in Path(entry.path).parts:
+            raise CheckpointError(f"{path}: file name {entry.path!r} leaves the checkpoint's folder")
+    return manifest
+
+
+def verify(folder: Path, files: Sequence[FileEntry]) -> list[str]:
+    """What is wrong with these files: one line each, naming the file; empty when all agree with the manifest."""
+    problems = []
+    for entry in files:
+        path = folder / entry.path
+        try:
+            size = path.stat().st_size
+            if size != entry.size:
+                problems.append(f"{path}: has {size} bytes, the manifest says {entry.size}")
+            elif sha256_of_file(path) != entry.sha256:
+                problems.append(f"{path}: its bytes do not match the manifest's sha256")
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror or error}")
+    return problems

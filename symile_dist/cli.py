@@ -1,0 +1,306 @@
+"""The command line. `--help` and config commands import neither torch, ray nor deepspeed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from symile_dist import __version__
+
+EXIT_OK, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _train_until_done(config: Any, options: argparse.Namespace, resume: bool) -> int:
+    from symile_dist import run_directory
+    from symile_dist.driver import run
+    from symile_dist.preflight import preflight
+
+    config = config.with_absolute_paths()
+    preflight(config)
+    run_directory.prepare(config, fresh=getattr(options, "fresh", False), resume=resume)
+    result = run(config, plain=options.plain or None)
+    if options.json:
+        _print_json({**result, "run": str(config.run_directory)})
+    else:
+        print(
+            f"finished: step {result['step']} in {result['seconds']:.0f} s, {result['restarts']} restarts\n"
+            f"  the run      {config.run_directory}\n"
+            f"  evaluate it  symile-dist evaluate {config.run_directory}\n"
+            f"  its curves   tensorboard --logdir {config.run_directory / 'tensorboard'}"
+        )
+    return EXIT_OK
+
+
+def _train(options: argparse.Namespace) -> int:
+    from symile_dist.config import load_config
+
+    return _train_until_done(load_config(options.config, options.overrides).config, options, resume=False)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from symile_dist.run_directory import load_run
+
+    return _train_until_done(load_run(options.run, options.overrides), options, resume=True)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from symile_dist.tools.evaluate import evaluate_run, format_results
+
+    results = evaluate_run(options.run, step=options.step, split=options.split, resamples=options.resamples)
+    if options.json:
+        _print_json(results)
+    else:
+        print(format_results(results))
+    return EXIT_OK
+
+
+def _config_validate(options: argparse.Namespace) -> int:
+    from symile_dist.config import load_config
+
+    config = load_config(options.config, options.overrides).config
+    if options.json:
+        _print_json({"valid": True, "digest": config.digest()})
+    else:
+        print(f"{options.config}: valid (run '{config.run.name}', digest {config.digest()[:12]})")
+    return EXIT_OK
+
+
+def _config_explain(options: argparse.Namespace) -> int:
+    from symile_dist.config import explain, load_config
+
+    loaded = load_config(options.config, options.overrides)
+    if options.json:
+        _print_json(loaded.config.model_dump(mode="json"))
+    else:
+        print(explain(loaded))
+    return EXIT_OK
+
+
+def _config_schema(options: argparse.Namespace) -> int:
+    from symile_dist.config import Config
+
+    _print_json(Config.model_json_schema())
+    return EXIT_OK
+
+
+def _shards_demo(options: argparse.Namespace) -> int:
+    from symile_dist.data.demo import make_demo
+    from symile_dist.tools.progress import progress_bar
+
+    with progress_bar("making demo data") as progress:
+        summary = make_demo(
+            options.out,
+            languages=options.languages,
+            train=options.train,
+            val=options.val,
+            test=options.test,
+            seed=options.seed,
+            progress=progress,
+        )
+    if options.json:
+        _print_json(summary)
+    else:
+        print(f"{options.out}: " + ", ".join(f"{key} {value}" for key, value in summary.items()))
+    return EXIT_OK
+
+
+def _shards_index(options: argparse.Namespace) -> int:
+    from symile_dist.data.manifest import index_directory
+    from symile_dist.tools.progress import progress_bar
+
+    for directory in options.directories:
+        with progress_bar(f"indexing {directory}") as progress:
+            manifest = index_directory(
+                directory, force=options.force, progress=lambda done, total: progress("shards", done, total)
+            )
+        summary = {
+            "directory": str(directory),
+            "shards": len(manifest.shards),
+            "samples": manifest.samples,
+            "members": list(manifest.members),
+            "digest": manifest.digest,
+        }
+        if options.json:
+            _print_json(summary)
+        else:
+            print(
+                f"{directory}: {summary['samples']} samples in {summary['shards']} shards, "
+                f"members {', '.join(manifest.members)}"
+            )
+    return EXIT_OK
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from symile_dist.tools.demo import run_demo
+
+    return run_demo(Path(options.out), plain=options.plain or None, quick=options.quick)
+
+
+def _command(
+    parent: Any, name: str, run: Any, summary: str, example: str, json_option: bool = True
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = parent.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run_command=run)
+    if json_option:
+        parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file; see configs/ and docs/")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides, e.g. train.steps=100")
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plain", action="store_true", help="plain lines in place of the live view")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="symile-dist",
+        description="Distributed contrastive pretraining over three or more modalities.",
+        epilog="example:\n  symile-dist demo\n  symile-dist train configs/demo.yaml train.steps=100",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"symile-dist {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = _command(
+        commands,
+        "train",
+        _train,
+        "Train, here or on the Ray cluster that RAY_ADDRESS names; the same command again goes on.",
+        "symile-dist train configs/demo.yaml train.zero_stage=2",
+    )
+    _config_arguments(train)
+    _run_arguments(train)
+    train.add_argument("--fresh", action="store_true", help="begin anew: move an earlier run's directory aside")
+
+    resume = _command(
+        commands,
+        "resume",
+        _resume,
+        "Go on with a run from its newest complete checkpoint.",
+        "symile-dist resume runs/demo-symile train.steps=1200",
+    )
+    resume.add_argument("run", metavar="RUN", help="the run's directory")
+    resume.add_argument("overrides", metavar="key=value", nargs="*", help="changes to its config")
+    _run_arguments(resume)
+
+    evaluate = _command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "Zero-shot retrieval in every direction, with bootstrap; written to RUN/evaluation/.",
+        "symile-dist evaluate runs/demo-symile --split test",
+    )
+    evaluate.add_argument("run", metavar="RUN", help="the run's directory")
+    evaluate.add_argument("--step", default="latest", help="a step, `latest` (default) or `best` (by validation)")
+    evaluate.add_argument("--split", default="test", choices=["test", "validation", "train"], help="default: test")
+    evaluate.add_argument("--resamples", type=int, default=10, help="bootstrap resamples (default: 10)")
+
+    config = commands.add_parser("config", help="Validate, explain or describe configs.")
+    config_commands = config.add_subparsers(metavar="COMMAND", required=True)
+    _config_arguments(
+        _command(
+            config_commands,
+            "validate",
+            _config_validate,
+            "Check a config: every mistake at once, each with its place.",
+            "symile-dist config validate configs/demo.yaml",
+        )
+    )
+    _config_arguments(
+        _command(
+            config_commands,
+            "explain",
+            _config_explain,
+            "Every key with its value, where it was set and what it means.",
+            "symile-dist config explain configs/demo.yaml optimizer.lr=1e-3",
+        )
+    )
+    _command(
+        config_commands,
+        "schema",
+        _config_schema,
+        "The JSON Schema of a config, for editors.",
+        "symile-dist config schema > schema.json",
+    )
+
+    shards = commands.add_parser("shards", help="Make and index WebDataset shards.")
+    shards_commands = shards.add_subparsers(metavar="COMMAND", required=True)
+    demo_data = _command(
+        shards_commands,
+        "demo",
+        _shards_demo,
+        "Make M3-digits: handwritten digits, spoken and written numbers; the same seed gives the same bytes.",
+        "symile-dist shards demo --out data/m3-digits-5 --languages 5",
+    )
+    demo_data.add_argument("--out", required=True, help="folder to make")
+    demo_data.add_argument("--languages", type=int, default=5, metavar="W", help="1 to 10 (default: 5)")
+    demo_data.add_argument("--train", type=int, default=20_000, metavar="N", help="samples (default: 20000)")
+    demo_data.add_argument("--val", type=int, default=2_000, metavar="N", help="samples (default: 2000)")
+    demo_data.add_argument("--test", type=int, default=2_000, metavar="N", help="samples (default: 2000)")
+    demo_data.add_argument("--seed", type=int, default=0)
+    index = _command(
+        shards_commands,
+        "index",
+        _shards_index,
+        "Index the .tar shards of a folder that others made (needed once).",
+        "symile-dist shards index data/my-shards/train",
+    )
+    index.add_argument("directories", metavar="DIR", nargs="+", type=Path)
+    index.add_argument("--force", action="store_true", help="read every shard again, also those with an index")
+
+    demo = _command(
+        commands,
+        "demo",
+        _demo,
+        "The whole chain on real images, speech and words: Symile against pairwise CLIP, in minutes.",
+        "symile-dist demo --out runs/demo",
+        json_option=False,
+    )
+    demo.add_argument("--out", default="runs/demo", help="folder for data, runs, table and figure")
+    demo.add_argument("--quick", action="store_true", help="a few steps only: shows that it works, learns nothing")
+    _run_arguments(demo)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command. Exit codes: 0 done, 1 failed, 2 a user's mistake, 130 interrupted."""
+    options = build_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        return int(options.run_command(options))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; the same command again goes on from the newest checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        from symile_dist.errors import RunFailed
+
+        if not isinstance(error, RunFailed):
+            raise
+        print(f"failed: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

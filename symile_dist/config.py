@@ -1,0 +1,494 @@
+"""The typed config: what can be set, what it means, and how mistakes are told.
+
+A config is a YAML file plus `key=value` overrides from the command line. Every mistake is found before any work
+starts, all of them at once, each with its place and, where a name is close to a known one, a suggestion:
+
+    demo.yaml:12: optimizer.lrr: unknown key; did you mean 'lr'?
+
+This module imports neither torch, ray nor deepspeed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from symile_dist.registry import DECODERS, ENCODERS, OBJECTIVES, TRANSFORMS, suggestion, unknown_name
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConfigError(ValueError):
+    """A user's mistake in a config; the message has one line per mistake."""
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are mistakes, values cannot change once made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class Component(BaseModel):
+    """A part chosen by name, with its own options beside the name.
+
+    `name` is a registry name or `package.module:Name`. A bare string stands for a component without options.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    """Registry name, or package.module:Name for one of your own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class RunConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run; letters, digits, '.', '_' and '-'."""
+    directory: str | None = None
+    """Where everything of the run is kept; `runs/NAME` when left out."""
+    init_from: str | None = None
+    """Warm start: the directory of another run whose newest weights this one begins with."""
+
+
+class DataConfig(Section):
+    train: str
+    """Folder of training shards with their index (see `symile-dist shards index`)."""
+    validation: str | None = None
+    """Folder of validation shards; without it there is no validation in the loop."""
+    test: str | None = None
+    """Folder of test shards for `symile-dist evaluate`; the validation shards when left out."""
+    lanes: Positive | None = None
+    """Number of lanes that the shards of an epoch are dealt to; must divide global_batch_size. Chosen from
+    global_batch_size and the number of shards when left out."""
+    window: Positive = 4
+    """How many shards' samples a lane shuffles together."""
+    loader_processes: NonNegative = 1
+    """Processes per rank that read and decode; 0 reads in the training process. The order does not depend on it."""
+    prefetch: Positive = 4
+    """Batches that each loader process prepares ahead."""
+    metadata_member: str = "json"
+    """Member that holds a sample's metadata (JSON)."""
+    label: str | None = "class"
+    """Key in the metadata that holds the class which retrieval is judged by; null: each sample is a class of its own."""
+    max_bad_fraction: Fraction = 0.01
+    """The run stops when more than this fraction of the samples read so far (of at least 1,000) was unreadable."""
+
+
+class ModalityConfig(Section):
+    member: str
+    """Suffix of the member in the shards, e.g. `png`, `flac`, `seg.npy`."""
+    decoder: Component
+    """From bytes to an array or a string."""
+    transform: Component
+    """From what the decoder gives to a tensor; augmentation happens here."""
+    encoder: Component
+    """From a batch of tensors to representations."""
+    lr: PositiveFloat | None = None
+    """Learning rate of this encoder; optimizer.lr when left out."""
+    freeze: bool = False
+    """Keep the encoder's weights as they are."""
+
+
+class ModelConfig(Section):
+    embedding_dim: Positive = 256
+    """D: length of every modality's representation."""
+    normalization: Literal["layer_norm", "l2", "none"] = "layer_norm"
+    """What ends every encoder. Symile-M3 and Symile-MIMIC use layer_norm, the XOR experiments l2."""
+    logit_scale_init: float = -4.0
+    """Initial value of the learned log of the logits' multiplier; Symile-M3 uses -6 at D = 8192."""
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw"] = "adamw"
+    """AdamW (decoupled weight decay)."""
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    """Decay rates of the moments."""
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Applied to parameters of two or more dimensions only."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What follows the warm-up."""
+    min_lr_fraction: Fraction = 0.0
+    """Where the cosine ends, as a fraction of lr."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are clipped to this global norm; 0 turns clipping off."""
+
+
+class TrainConfig(Section):
+    steps: Positive
+    """Optimizer steps of the whole run."""
+    global_batch_size: Annotated[int, Field(ge=2)]
+    """Samples per step over all ranks: the pool of negatives."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the encoders; the objective is computed in fp32 in either."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: 1 shards the optimizer state, 2 also gradients, 3 also parameters."""
+    max_consecutive_skips: Positive = 10
+    """The run stops when this many steps in a row had a non-finite loss or gradient."""
+    log_every: Positive = 10
+    """Steps between records in the history."""
+
+
+class ValidationConfig(Section):
+    every: Positive | None = None
+    """Steps between validations; without it, none but the one at the end."""
+    max_samples: Positive = 10_000
+    """At most this many samples of the validation shards, from the first on."""
+    best_metric: str = "loss"
+    """Which validation value names the best step: `loss`, or an accuracy such as `accuracy/image_from_audio_text`."""
+
+
+class CheckpointConfig(Section):
+    every: Positive | None = None
+    """Steps between checkpoints; without it only the last step is saved."""
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    """How many of the newest are kept; the best by validation is kept beside them."""
+
+
+class RayConfig(Section):
+    num_workers: Positive = 1
+    """Number of ranks (world_size)."""
+    cpus_per_worker: PositiveFloat = 1
+    """CPUs that Ray reserves for a rank."""
+    gpus_per_worker: NonNegativeFloat = 0
+    """GPUs that Ray reserves for a rank."""
+    threads_per_worker: Positive | None = None
+    """torch threads of a rank; cpus_per_worker when left out."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """How often lost workers are restarted before the run fails; -1: without end."""
+    collective_timeout_seconds: PositiveFloat = 600
+    """A collective that takes longer is a failure."""
+
+
+class MetricsConfig(Section):
+    address: str = "127.0.0.1"
+    """Address that each rank's Prometheus endpoint listens on."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of rank 0's endpoint, rank r listens on port + r; 0 lets the system choose."""
+    enabled: bool = True
+    """Serve Prometheus metrics."""
+
+
+class Config(Section):
+    run: RunConfig
+    """What the run is called and where it is kept."""
+    seed: NonNegative = 0
+    """Seed of everything: weights, order of the data, augmentation, negatives."""
+    data: DataConfig
+    """Where the samples come from, and in which order."""
+    modalities: Annotated[dict[str, ModalityConfig], Field(min_length=2)]
+    """Ordered map: name of a modality -> how it is read and encoded. Any names, two or more."""
+    model: ModelConfig = ModelConfig()
+    """What the encoders share."""
+    objective: Component = Component(name="symile")
+    """What is learned: a name from OBJECTIVES or package.module:Name."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its schedule."""
+    train: TrainConfig
+    """The loop."""
+    validation: ValidationConfig = ValidationConfig()
+    """Validation in the loop."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving."""
+    ray: RayConfig = RayConfig()
+    """Workers."""
+    metrics: MetricsConfig = MetricsConfig()
+    """Prometheus."""
+    deepspeed: dict[str, Any] = {}
+    """Expert keys merged over the DeepSpeed config that is derived from this one."""
+
+    @property
+    def run_directory(self) -> Path:
+        return Path(self.run.directory or f"runs/{self.run.name}")
+
+    @property
+    def world_size(self) -> int:
+        return self.ray.num_workers
+
+    def with_absolute_paths(self) -> Config:
+        """The same config for processes with another working directory, and for a `resume` from another one."""
+
+        def absolute(path: str | None) -> str | None:
+            return path if path is None or "://" in path else str(Path(path).resolve())
+
+        run = {"directory": absolute(str(self.run_directory)), "init_from": absolute(self.run.init_from)}
+        data = {key: absolute(getattr(self.data, key)) for key in ("train", "validation", "test")}
+        return self.model_copy(
+            update={"run": self.run.model_copy(update=run), "data": self.data.model_copy(update=data)}
+        )
+
+    def digest(self) -> str:
+        """sha256 of everything but the run's name and place: equal digests continue each other's checkpoints."""
+        content = self.model_dump(mode="json", exclude={"run": {"name", "directory"}})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# Keys of the DeepSpeed config that follow from ours: to set them in `deepspeed:` would make two truths.
+DERIVED_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.global_batch_size",
+    "gradient_accumulation_steps": "nothing: accumulation would shrink the pool of negatives",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+}
+
+
+def _cross_checks(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Mistakes that no single field shows: (path, message)."""
+    batch, world = config.train.global_batch_size, config.world_size
+    if batch % world:
+        below, above = batch // world * world, -(-batch // world) * world
+        yield (
+            ("train", "global_batch_size"),
+            f"{batch} is not divisible by ray.num_workers = {world}; use {below or above} or {above}",
+        )
+    if config.data.lanes and batch % config.data.lanes:
+        yield (
+            ("data", "lanes"),
+            f"{config.data.lanes} does not divide train.global_batch_size = {batch}; leave it out to have it chosen",
+        )
+    if config.validation.every and not config.data.validation:
+        yield ("validation", "every"), "needs data.validation, a folder of validation shards"
+    if "://" in str(config.run_directory) or (config.run.init_from and "://" in config.run.init_from):
+        yield ("run", "directory"), "only local (or mounted) folders are supported"
+    if config.metrics.port and config.metrics.port + world - 1 > 65535:
+        yield ("metrics", "port"), f"port + ray.num_workers - 1 = {config.metrics.port + world - 1} exceeds 65535"
+    for key, instead in DERIVED_DEEPSPEED_KEYS.items():
+        if key in config.deepspeed:
+            yield ("deepspeed", key), f"follows from the config; set {instead} in its place"
+    zero = config.deepspeed.get("zero_optimization", {})
+    if isinstance(zero, dict) and "stage" in zero:
+        yield ("deepspeed", "zero_optimization"), "stage follows from the config; set train.zero_stage in its place"
+    for name in config.modalities:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
+            yield ("modalities", name), "a modality's name is made of letters, digits and '_', and begins with a letter"
+    if all(modality.freeze for modality in config.modalities.values()):
+        yield ("modalities",), "every encoder is frozen: there is nothing to train"
+
+
+def _component_checks(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    components: list[tuple[tuple[str, ...], Component, dict[str, str], str]] = [
+        (("objective",), config.objective, OBJECTIVES, "objective")
+    ]
+    for name, modality in config.modalities.items():
+        components += [
+            (("modalities", name, "decoder"), modality.decoder, DECODERS, "decoder"),
+            (("modalities", name, "transform"), modality.transform, TRANSFORMS, "transform"),
+            (("modalities", name, "encoder"), modality.encoder, ENCODERS, "encoder"),
+        ]
+    for path, component, registry, kind in components:
+        problem = unknown_name(component.name, registry, kind)
+        if problem:
+            yield (*path, "name"), problem
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-4 as a number (YAML 1.2; PyYAML reads a string) and refuses duplicate keys."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+KeyPath = tuple[str, ...]
+
+
+def _compose(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
+    """Parses YAML into plain data and the line on which each key stands."""
+    lines: dict[KeyPath, int] = {}
+
+    def walk(node: yaml.Node, path: KeyPath) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key_node, value_node in node.value:
+                key = (*path, str(key_node.value))
+                line = key_node.start_mark.line + 1
+                if key in lines:
+                    name = ".".join(key)
+                    raise ConfigError(f"{source}:{line}: {name}: the key stands twice (also in line {lines[key]})")
+                lines[key] = line
+                walk(value_node, key)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                lines[(*path, str(index))] = item.start_mark.line + 1
+                walk(item, (*path, str(index)))
+
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return {}, {}
+            walk(node, ())
+            return loader.construct_document(node), lines
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{source}:{mark.line + 1}" if mark else source
+        raise ConfigError(f"{place}: not valid YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{source}: not valid YAML: {error}") from None
+
+
+def _apply_override(data: dict[str, Any], override: str) -> KeyPath:
+    key, equals, text = override.partition("=")
+    path = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(path):
+        raise ConfigError(f"override '{override}': write key=value, e.g. train.steps=100")
+    value, _ = _compose(text, f"override '{override}'") if text.strip() else (None, {})
+    at: Any = data
+    for depth, part in enumerate(path[:-1]):
+        child = at.setdefault(part, {})
+        if child is None:
+            child = at[part] = {}
+        if isinstance(child, str):  # a component's short form: `encoder: mlp`
+            child = at[part] = {"name": child}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override '{override}': {'.'.join(path[: depth + 1])} is a value, not a section")
+        at = child
+    at[path[-1]] = value
+    return path
+
+
+def _model_at(path: KeyPath) -> type[BaseModel] | None:
+    """The section whose keys are looked up at `path`, for suggestions."""
+    model: type[BaseModel] | None = Config
+    for part in path:
+        if model is None:
+            return None
+        if model is Config and part == "modalities":
+            return ModalityConfig if len(path) == 2 else (Component if len(path) == 3 else None)
+        field = model.model_fields.get(part)
+        annotation = field.annotation if field else None
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return model
+
+
+def _message(error: ErrorDetails, path: KeyPath) -> str:
+    if error["type"] == "extra_forbidden":
+        model = _model_at(path[:-1])
+        hint = suggestion(path[-1], list(model.model_fields)) if model else ""
+        return f"unknown key{hint}"
+    if error["type"] == "missing":
+        return "is missing"
+    value = error.get("input")
+    shown = f" (got {value!r})" if not isinstance(value, dict | list) or len(repr(value)) < 40 else ""
+    return error["msg"].removeprefix("Value error, ").replace("Input should", "should") + shown
+
+
+class LoadedConfig:
+    """A config with, for every key that was set, where it was set."""
+
+    def __init__(self, config: Config, origins: dict[KeyPath, str]) -> None:
+        self.config = config
+        self.origins = origins
+
+
+def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Reads a config from YAML text. Raises ConfigError with one line per mistake."""
+    data, lines = _compose(text, source)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: should be a map of sections, such as `train:` and `data:`")
+    origins: dict[KeyPath, str] = {path: f"{source}:{line}" for path, line in lines.items()}
+    problems: list[str] = []
+    for override in overrides:
+        try:
+            origins[_apply_override(data, override)] = f"override '{override}'"
+        except ConfigError as error:
+            problems.append(str(error))
+
+    def place(path: KeyPath) -> str:
+        for length in range(len(path), 0, -1):
+            if path[:length] in origins:
+                return origins[path[:length]]
+        return source
+
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        for detail in error.errors():
+            # pydantic names the key of a mapping as '[key]' beside the path; only plain parts are keys of ours.
+            path = tuple(str(part) for part in detail["loc"] if part != "[key]")
+            problems.append(f"{place(path)}: {'.'.join(path)}: {_message(detail, path)}")
+    else:
+        for path, message in (*_cross_checks(config), *_component_checks(config)):
+            problems.append(f"{place(path)}: {'.'.join(path)}: {message}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return LoadedConfig(config, origins)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Reads a config file. Raises ConfigError with one line per mistake."""
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
+    return parse_config(text, str(path), overrides)
+
+
+def explain(loaded: LoadedConfig) -> str:
+    """Every key with its value, where the value comes from, and what the key means."""
+    rows: list[str] = []
+
+    def origin(path: KeyPath) -> str:
+        for length in range(len(path), 0, -1):
+            prefix = path[:length]
+            # A section that was written stands for the keys inside it only where it was given as one value.
+            if prefix in loaded.origins and not any(other[:length] == prefix != other for other in loaded.origins):
+                return loaded.origins[prefix]
+        return "default"
+
+    def walk(value: Any, path: KeyPath, description: str | None) -> None:
+        if isinstance(value, BaseModel):
+            for name, field in type(value).model_fields.items():
+                walk(getattr(value, name), (*path, name), field.description)
+            for name, extra in (value.model_extra or {}).items():
+                walk(extra, (*path, name), f"Option of '{getattr(value, 'name', '')}'.")
+        elif path == ("modalities",):
+            for name, modality in value.items():
+                walk(modality, (*path, name), None)
+        else:
+            shown = json.dumps(value, ensure_ascii=False, default=list)
+            rows.append(f"{'.'.join(path)} = {shown}   [{origin(path)}]")
+            if description:
+                rows.append("    " + " ".join(description.split()))
+
+    walk(loaded.config, (), None)
+    return "\n".join(rows)

@@ -1,0 +1,83 @@
+"""Bytes of one member -> what a transform takes. Whatever is wrong with the bytes is a ValueError.
+
+Nothing here unpickles: a dataset may come from anywhere.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What Pillow may try: its EPS reader, for one, starts Ghostscript."""
+
+
+class Waveform(NamedTuple):
+    """A decoded clip."""
+
+    samples: NDArray[np.float32]
+    """(T,) in [-1, 1], mono."""
+    sample_rate: int
+    """Hz"""
+
+
+def decode_image(data: bytes, mode: str = "RGB", max_pixels: int = 50_000_000) -> NDArray[np.uint8]:
+    """An encoded image -> (H, W, 3) uint8 for mode "RGB", (H, W) for mode "L".
+
+    Raises ValueError for bytes that are no image, for a truncated one and, before anything is decoded, for one that
+    declares more than `max_pixels`.
+    """
+    from PIL import Image
+
+    if mode not in ("RGB", "L"):
+        raise ValueError(f"image mode must be 'RGB' or 'L', not '{mode}'")
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own limits: the warning is ours to give, as an error, below.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        if image.width * image.height > max_pixels:
+            raise ValueError(f"the image declares {image.width} x {image.height} pixels, more than {max_pixels}")
+        return np.asarray(image if image.mode == mode else image.convert(mode))
+    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, EOFError, struct.error and more
+        raise ValueError(f"not a readable image: {error}") from error
+
+
+def decode_audio(data: bytes, max_seconds: float = 3600.0) -> Waveform:
+    """An encoded clip (FLAC, WAV, Ogg, MP3) -> its samples, averaged over the channels, and the sample rate.
+
+    Raises ValueError for bytes that are no audio and, before anything is decoded, for clips longer than `max_seconds`.
+    """
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if file.frames > max_seconds * file.samplerate:
+                raise ValueError(
+                    f"the clip declares {file.frames / file.samplerate:.0f} s, more than {max_seconds:.0f}"
+                )
+            samples = file.read(dtype="float32")
+            rate = int(file.samplerate)
+    except (soundfile.SoundFileError, TypeError, OSError) as error:
+        raise ValueError(f"not a readable audio file: {error}") from error
+    return Waveform(samples if samples.ndim == 1 else samples.mean(axis=1, dtype=np.float32), rate)
+
+
+def decode_text(data: bytes) -> str:
+    """UTF-8 -> str. Raises ValueError (UnicodeDecodeError) for anything else."""
+    return data.decode("utf-8")
+
+
+def decode_npy(data: bytes) -> NDArray[Any]:
+    """A .npy file -> its array. Raises ValueError for anything else, and for arrays of Python objects."""
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # a damaged header may raise almost anything (SyntaxError, TypeError, EOFError)
+        raise ValueError(f"not a readable .npy array: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError("not a readable .npy array: an .npz archive, which holds several")
+    return array

@@ -1,0 +1,199 @@
+"""Builds and watches the Ray Train run: what the command line calls."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from typing import Any
+
+from symile_dist.config import Config
+from symile_dist.errors import RunFailed
+from symile_dist.run_directory import update_run, write_ranks
+from symile_dist.view.terminal import TerminalView
+
+logger = logging.getLogger(__name__)
+
+RAY_ENVIRONMENT = {
+    # Lost workers are seen, and the group restarted, in a second rather than in ten.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "DS_ACCELERATOR": "",
+}
+
+
+class _Board:
+    """A Ray actor between ranks and driver: records for the view, who is there, and how it ended."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.ranks: dict[int, dict[str, Any]] = {}
+        self.joined = 0
+        self.outcome: dict[str, Any] | None = None
+
+    def post(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def join(self, rank: dict[str, Any]) -> None:
+        self.ranks[rank["rank"]] = rank
+        self.joined += 1
+
+    def finish(self, status: str, message: str, **values: Any) -> None:
+        self.outcome = {"status": status, "message": message, **values}
+
+    def look(self) -> dict[str, Any]:
+        """Everything since the last look."""
+        records, self.records = self.records, []
+        return {"records": records, "ranks": self.ranks, "joined": self.joined, "outcome": self.outcome}
+
+
+class _Watcher:
+    """Polls the board in a thread, feeds the view and keeps ranks.json."""
+
+    def __init__(self, board: Any, view: TerminalView, config: Config) -> None:
+        self.board, self.view, self.config = board, view, config
+        self.outcome: dict[str, Any] | None = None
+        self.restarts = 0
+        self._joined = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+
+    def __enter__(self) -> _Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)
+        self._look()
+
+    def _poll(self) -> None:
+        while not self._stop.wait(0.25):
+            self._look()
+
+    def _look(self) -> None:
+        import ray
+
+        try:
+            seen = ray.get(self.board.look.remote(), timeout=10)
+        except Exception as error:  # the view must not end the run: Ray itself tells of a lost cluster
+            logger.debug("board not reached: %s", error)
+            return
+        if seen["joined"] != self._joined:
+            self._joined = seen["joined"]
+            write_ranks(self.config.run_directory, seen["ranks"])
+            restarts = (self._joined - 1) // self.config.world_size
+            if restarts > self.restarts:
+                self.restarts = restarts
+                update_run(self.config.run_directory, restarts=restarts)
+                self.view.note(f"a worker was lost: the group is restarted (restart {restarts})", level="warning")
+        for record in seen["records"]:
+            self.view.update(record)
+        self.outcome = seen["outcome"] or self.outcome
+
+
+def start_ray(config: Config) -> None:
+    """Joins the cluster that RAY_ADDRESS names, or starts a local Ray. A second call finds the first one's.
+
+    Raises ValueError when the cluster cannot hold the run: Ray itself would wait for ever.
+    """
+    for name, value in RAY_ENVIRONMENT.items():
+        if value:
+            os.environ.setdefault(name, value)
+    import ray
+
+    need_cpus = config.ray.cpus_per_worker * config.world_size
+    need_gpus = config.ray.gpus_per_worker * config.world_size
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            try:
+                ray.init(address=address, **quiet)
+            except ConnectionError as error:
+                raise ValueError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None
+        else:
+            # On one machine CPUs are only counted, not enforced: more ranks than cores is slow, not wrong.
+            cpus = max(os.cpu_count() or 1, -(-int(need_cpus * 100) // 100) + 1)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    there = ray.cluster_resources()
+    for what, need in (("CPU", need_cpus), ("GPU", need_gpus)):
+        if there.get(what, 0) < need:
+            raise ValueError(
+                f"the run needs {need:g} {what}s (ray.num_workers x ray.{what.lower()}s_per_worker), the Ray cluster "
+                f"has {there.get(what, 0):g}"
+            )
+
+
+def run(config: Config, plain: bool | None = None) -> dict[str, Any]:
+    """Trains, with restarts, until the last step. Call `preflight` and `run_directory.prepare` first.
+
+    Returns {"status": "finished", "step": ..., "restarts": ..., "seconds": ...}.
+    Raises ValueError for a user's mistake that only a worker could see, RunFailed when the run cannot go on.
+    """
+    start_ray(config)
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from symile_dist.worker import run_worker
+
+    begin = time.monotonic()
+    board = ray.remote(num_cpus=0)(_Board).remote()
+    use_gpu = config.ray.gpus_per_worker > 0
+    resources = {"CPU": config.ray.cpus_per_worker}
+    if use_gpu:
+        resources["GPU"] = config.ray.gpus_per_worker
+    directory = config.run_directory
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "board": board},
+        torch_config=TorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=int(config.ray.collective_timeout_seconds)
+        ),
+        scaling_config=ScalingConfig(num_workers=config.world_size, use_gpu=use_gpu, resources_per_worker=resources),
+        run_config=RunConfig(
+            # A name of its own each time: Ray would otherwise resume by its own books, and ours are the manifests.
+            name=f"{config.run.name}-{time.time_ns()}",
+            storage_path=str(directory / "ray"),
+            failure_config=FailureConfig(max_failures=config.ray.max_failures),
+        ),
+    )
+    update_run(directory, status="running", pid=os.getpid())
+    view = TerminalView(config.run.name, config.train.steps, plain=plain)
+    view.start()
+    failure: BaseException | None = None
+    watcher = _Watcher(board, view, config)
+    try:
+        with watcher:
+            try:
+                trainer.fit()
+            except KeyboardInterrupt:
+                update_run(directory, status="interrupted", message="interrupted from the keyboard")
+                raise
+            except Exception as error:
+                failure = error
+    finally:
+        view.stop()
+        ray.kill(board)
+    outcome = watcher.outcome
+    if outcome is None:
+        message = f"the workers failed {watcher.restarts + 1} times: {_cause(failure)}; see {directory / 'logs'}"
+        update_run(directory, status="failed", message=message)
+        raise RunFailed(message)
+    update_run(directory, status=outcome["status"], message=outcome["message"])
+    if outcome["status"] == "refused":
+        raise ValueError(outcome["message"])
+    if outcome["status"] != "finished":
+        raise RunFailed(outcome["message"])
+    return {**outcome, "restarts": watcher.restarts, "seconds": time.monotonic() - begin}
+
+
+def _cause(error: BaseException | None) -> str:
+    """The last line of what Ray says of a failure: the exception itself, below the traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

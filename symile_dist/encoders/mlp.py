@@ -1,0 +1,30 @@
+"""A multi-layer perceptron for feature vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from symile_dist.types import Inputs, Padded
+
+
+class MLP(nn.Module):
+    """input_dim -> hidden layers with GELU -> embedding_dim; without hidden layers a linear map."""
+
+    def __init__(self, embedding_dim: int, input_dim: int, hidden: Sequence[int] = (), dropout: float = 0.0) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        previous = input_dim
+        for width in hidden:
+            layers += [nn.Linear(previous, width), nn.GELU(), nn.Dropout(dropout)]
+            previous = width
+        layers.append(nn.Linear(previous, embedding_dim))
+        self.layers = nn.Sequential(*layers)
+        self.input_dim = input_dim
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """(n, ...) with `input_dim` numbers per sample, flattened -> (n, embedding_dim). Raises TypeError for `Padded`."""
+        if isinstance(inputs, Padded):
+            raise TypeError("MLP takes feature vectors of one size (a tensor), not sequences of unequal length")
+        return self.layers(inputs.flatten(1))

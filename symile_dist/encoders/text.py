@@ -1,0 +1,45 @@
+"""Convolutions over characters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from symile_dist.data.transforms import CHARACTER_VOCABULARY
+from symile_dist.encoders.masked import MaskedConv, MaskedPool, length_mask
+from symile_dist.types import Inputs, Padded
+
+
+class TextConvNet(nn.Module):
+    """Character embedding -> dilated convolutions -> masked pooling -> linear.
+
+    A position sees 1 + (kernel - 1) * sum(dilations) characters: with the defaults 31, enough for a two-word name in any
+    script, so that one position can bind the script, the first and the second word.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        vocabulary_size: int = CHARACTER_VOCABULARY,
+        width: int = 64,
+        kernel: int = 3,
+        dilations: Sequence[int] = (1, 2, 4, 8),
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary_size, width, padding_idx=0)
+        nn.init.normal_(self.embedding.weight, std=0.5)
+        self.layers = nn.ModuleList([MaskedConv(width, width, kernel, dilation=dilation) for dilation in dilations])
+        self.pool = MaskedPool(width)
+        self.projection = nn.Linear(2 * width, embedding_dim)
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """`Padded` of (n, T) int64 character ids -> (n, embedding_dim). Raises TypeError for a plain tensor."""
+        if not isinstance(inputs, Padded):
+            raise TypeError("TextConvNet takes sequences of unequal length (types.Padded), not a tensor")
+        lengths = inputs.lengths
+        values = self.embedding(inputs.values).transpose(1, 2)
+        values = values * length_mask(lengths, values.shape[2]).to(values.dtype)
+        for layer in self.layers:
+            values, lengths = layer(values, lengths)
+        return self.projection(self.pool(values, lengths))

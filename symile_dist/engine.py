@@ -1,0 +1,185 @@
+"""The DeepSpeed engine: ZeRO 0-3, fp32 and bf16, clipping, and steps that all ranks take or skip together."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from symile_dist.config import Config
+from symile_dist.model import TrainingModule
+from symile_dist.optim import learning_rate_factor, make_optimizer
+from symile_dist.types import Batch, StepReport
+
+
+class StepResult(NamedTuple):
+    applied: bool
+    """False when a non-finite loss or gradient was seen: the same on all ranks, and no weight has changed."""
+    grad_norm: float
+    """Global norm before clipping; not finite when the step was skipped."""
+    learning_rate: float
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        merged[key] = (
+            merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        )
+    return merged
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """The DeepSpeed config that follows from ours, with the expert keys of `deepspeed:` laid on top."""
+    derived: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.global_batch_size // config.world_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "zero_optimization": {"stage": config.train.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        # Without it a bf16 step with infinite gradients would be taken.
+        "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": True},
+        "steps_per_print": 10**12,
+        "wall_clock_breakdown": False,
+    }
+    return merge(derived, config.deepspeed)
+
+
+@contextlib.contextmanager
+def _new_groups_with_timeout(timeout: timedelta) -> Iterator[None]:
+    """DeepSpeed makes its groups without a timeout, hence with 30 minutes: a hung rank would go unseen that long."""
+    original = dist.new_group
+    dist.new_group = functools.partial(original, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.new_group = original
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.comm.torch as deepspeed_torch
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # An optional shared-memory all-reduce whose compilation takes half a minute at the first start.
+        deepspeed_torch.build_shm_op = lambda: None
+    return deepspeed
+
+
+class Engine:
+    """One rank's training engine.
+
+    A step is `report = engine.forward(batch, step)`, `engine.backward(report.loss)`, `engine.step(step)`.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        deepspeed = _import_deepspeed(device)
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+        settings = deepspeed_config(config)
+        torch.manual_seed(config.seed)  # the same initial weights on every rank
+        partitioned = (
+            deepspeed.zero.Init(config_dict_or_path=settings)
+            if config.train.zero_stage == 3
+            else contextlib.nullcontext()
+        )
+        with _new_groups_with_timeout(timedelta(seconds=config.ray.collective_timeout_seconds)):
+            with partitioned:
+                module = TrainingModule(config)
+            optimizer = make_optimizer(module, config)
+            self._peak_learning_rates = [group["peak_lr"] for group in optimizer.param_groups]
+            self.deepspeed, *_ = deepspeed.initialize(model=module.to(device), optimizer=optimizer, config=settings)
+        # From here on random numbers (dropout) differ by rank.
+        torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)
+
+    @property
+    def module(self) -> TrainingModule:
+        return self.deepspeed.module
+
+    def train(self, mode: bool = True) -> None:
+        self.deepspeed.train(mode)
+
+    def forward(self, batch: Batch, step: int) -> StepReport:
+        return self.deepspeed(batch.to(self.device, self.dtype), step)
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagates; an infinite loss makes its gradients NaN, so that the check before the step sees it."""
+        self.deepspeed.backward(loss * torch.where(torch.isfinite(loss), 1.0, torch.nan))
+
+    def step(self, step: int) -> StepResult:
+        """Takes the optimizer step, or skips it on all ranks when any rank has a non-finite gradient."""
+        factor = learning_rate_factor(self.config.optimizer, step, self.config.train.steps)
+        for group, peak in zip(self.deepspeed.optimizer.param_groups, self._peak_learning_rates, strict=True):
+            group["lr"] = peak * factor
+        learning_rate = self.config.optimizer.lr * factor
+        if self.config.train.zero_stage == 0 and self.dtype == torch.float32:
+            return self._plain_step(learning_rate)
+        self.deepspeed.step()
+        applied = bool(self.deepspeed.was_step_applied())
+        norm = self.deepspeed.get_global_grad_norm()
+        grad_norm = float(norm) if norm is not None else float("nan")
+        return StepResult(applied, grad_norm if applied else float("nan"), learning_rate)
+
+    def _plain_step(self, learning_rate: float) -> StepResult:
+        # Stage 0 in fp32 is torch's own optimizer behind DeepSpeed's all-reduce, and nothing there looks for NaN. The
+        # gradients are already averaged, so every rank comes to the same decision.
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not torch.isfinite(torch.tensor(norm)):
+            self.deepspeed.zero_grad()
+            self.deepspeed.optimizer.zero_grad()
+            return StepResult(False, float("nan"), learning_rate)
+        self.deepspeed.step()
+        return StepResult(True, norm, learning_rate)
+
+    def logit_scale(self) -> float:
+        """The logits' multiplier, exp already applied. Waits for the device; call it on all ranks (ZeRO-3 gathers)."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        parameter = self.module.model.logit_scale
+        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            return float(parameter.detach().float().exp().squeeze(0))
+
+    def save(self, directory: Path, tag: str) -> None:
+        """Writes this rank's shard (and what rank 0 writes for all) into directory/tag."""
+        self.deepspeed.save_checkpoint(str(directory), tag=tag, save_latest=False)
+
+    def load(self, directory: Path, tag: str) -> None:
+        """Reads what `save` wrote, at the same world size and ZeRO stage. Verify it first: torch unpickles it."""
+        path, _ = self.deepspeed.load_checkpoint(str(directory), tag=tag)
+        assert path is not None, f"DeepSpeed found nothing under {directory}/{tag} although its manifest was verified"
+
+    def load_weights(self, state: dict[str, Tensor]) -> list[str]:
+        """Warm start: copies weights by name, where name and shape agree; returns the names that were copied.
+
+        The master copies that ZeRO keeps follow.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.runtime.zero import GatheredParameters
+
+        copied = []
+        for name, parameter in self.module.named_parameters():
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            if name not in state or tuple(state[name].shape) != shape:
+                continue
+            with GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")), torch.no_grad():
+                parameter.copy_(state[name].to(parameter))
+            if self.config.train.zero_stage > 0 and parameter.requires_grad:
+                safe_set_full_fp32_param(parameter, state[name].to(self.device, torch.float32))
+            copied.append(name)
+        return copied

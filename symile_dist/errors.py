@@ -1,0 +1,9 @@
+"""Exceptions that cross rooms. A user's mistake is a ValueError (exit code 2) wherever it is found."""
+
+
+class RunStopped(RuntimeError):
+    """The run cannot go on and a restart would not help; the message says why and what to do. Same on all ranks."""
+
+
+class RunFailed(RuntimeError):
+    """The run ended without reaching its last step (exit code 1)."""

@@ -1,0 +1,242 @@
+"""The run's history: RUN/history.jsonl for people and programs, RUN/tensorboard/ for TensorBoard.
+
+One JSON object per line: {"kind": "train" | "validation" | "checkpoint" | "event" | ..., "step": int,
+"time": Unix seconds, "samples_seen": int, ...}. JSON knows no NaN or Infinity: they are written as the strings "NaN",
+"Infinity" and "-Infinity", and `read_history` turns them back into floats. Order is that of the steps and lines;
+times are for show, since clocks jump.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+logger = logging.getLogger(__name__)
+
+HISTORY_FILE = "history.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+REPLAYED_KINDS = frozenset({"train", "validation", "checkpoint"})
+"""What a resumed run makes again. Everything else (events) happened once and stays."""
+
+_NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The records of a history.jsonl, in the order of the file.
+
+    A last line without its end is left out (the run may be writing it now, or was killed while it did); a damaged line
+    elsewhere is left out with a warning.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    return [{key: _decoded(value) for key, value in record.items()} for _, record in _parsed_lines(path)]
+
+
+def _parsed_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each whole line, ending in a newline, with its record."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("not an object")
+            except ValueError as error:  # Of json and of UTF-8 alike.
+                if line.strip() and line.endswith(b"\n"):
+                    logger.warning("%s:%d: damaged record left out: %s", path, number, error)
+                continue
+            yield line.rstrip(b"\n") + b"\n", record
+
+
+def _encoded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _encoded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encoded(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _decoded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    return _NONFINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _plain(value: Any) -> Any:
+    """Scalars of torch and NumPy as Python's own, without importing either."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else str(value)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without it a power cut may undo a rename although the file itself was synced.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class History:
+    """Appends to the history of the run in `directory`; one writer at a time.
+
+    With `resume_step`, what the run recorded of training after that step is dropped first, so that each step stands
+    once in the history that survives. No failure to write stops training: `write_errors` counts
+    them, the first is logged, and each later record is tried anew.
+    """
+
+    write_errors: int
+    """Records, or other writes, that did not reach the disk."""
+
+    def __init__(self, directory: Path, resume_step: int | None = None, *, tensorboard: bool = True) -> None:
+        """
+        Args:
+            directory: the run's directory, made if need be.
+            resume_step: the step of the checkpoint that training goes on from; None keeps all records.
+            tensorboard: whether to write event files too (imports torch).
+        """
+        self.path = Path(directory) / HISTORY_FILE
+        self.write_errors = 0
+        self._file: BinaryIO | None = None
+        self._closed = False
+        self._tensorboard: Any = None
+        self._guarded(self._repair, resume_step)
+        self._guarded(self._open)
+        if tensorboard:
+            self._start_tensorboard(self.path.parent / TENSORBOARD_FOLDER, resume_step)
+
+    def write(self, kind: str, step: int, samples_seen: int | None = None, **values: Any) -> dict[str, Any]:
+        """Appends one record and returns it, as `read_history` would give it back.
+
+        Args:
+            kind: "train", "validation", "checkpoint", "event", ...
+            step: optimizer steps done so far.
+            samples_seen: samples of the whole group so far.
+            values: numbers, strings, or lists and dicts of them; scalars of torch and NumPy become numbers.
+        """
+        assert not self._closed, "the history is closed"
+        record: dict[str, Any] = {"kind": kind, "step": int(step), "time": time.time()}
+        if samples_seen is not None:
+            record["samples_seen"] = int(samples_seen)
+        record.update((key, _plain(value)) for key, value in values.items())
+        line = json.dumps(_encoded(record), ensure_ascii=False, allow_nan=False) + "\n"
+        self._guarded(self._append, line.encode("utf-8", errors="replace"))
+        if self._tensorboard is not None:
+            self._tensorboard_guarded(self._write_tensorboard, record)
+        return record
+
+    def flush(self) -> None:
+        """Returns once the records are on the disk, if it takes them: before a checkpoint commits, say."""
+        if self._file is not None:
+            self._guarded(os.fsync, self._file.fileno())
+        if self._tensorboard is not None:
+            self._tensorboard_guarded(self._tensorboard.flush)
+
+    def close(self) -> None:
+        """Flushes and closes; may be called twice."""
+        if self._closed:
+            return
+        self.flush()
+        self._closed = True
+        if self._file is not None:
+            self._guarded(self._file.close)
+            self._file = None
+        if self._tensorboard is not None:
+            self._tensorboard_guarded(self._tensorboard.close)
+            self._tensorboard = None
+
+    # The file
+
+    def _guarded(self, action: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            self._count_error(str(self.path), error)
+
+    def _count_error(self, where: str, error: Exception) -> None:
+        if self.write_errors == 0:
+            logger.warning("history is incomplete, training goes on: %s: %s (said once)", where, error)
+        self.write_errors += 1
+
+    def _repair(self, resume_step: int | None) -> None:
+        """Drops the damaged and the replayed, by an atomic rewrite, so that a kill leaves the old file or the new."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            return
+        temporary = self.path.with_name(HISTORY_FILE + ".temporary")
+        try:
+            with temporary.open("wb") as file:
+                for line, record in _parsed_lines(self.path):
+                    replayed = resume_step is not None and record.get("step", 0) > resume_step
+                    if not (replayed and record.get("kind") in REPLAYED_KINDS):
+                        file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+            _sync_folder(self.path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _open(self) -> BinaryIO:
+        # Unbuffered: a record reaches the file in one write, so that a kill tears at most the last line.
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+b", buffering=0)
+        size = self._file.seek(0, os.SEEK_END)
+        if size > 0:
+            self._file.seek(size - 1)
+            if self._file.read(1) != b"\n":  # The repair failed; the next record must not join the torn one.
+                self._file.write(b"\n")
+        return self._file
+
+    def _append(self, line: bytes) -> None:
+        file = self._file or self._open()
+        size = file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(line):  # A full disk first shows as a short count, then as an error.
+                written += file.write(line[written:])
+        except OSError:
+            os.ftruncate(file.fileno(), size)
+            raise
+
+    # TensorBoard
+
+    def _start_tensorboard(self, folder: Path, resume_step: int | None) -> None:
+        def start() -> None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # TensorBoard hides what older files hold from `purge_step` on.
+            purge_step = None if resume_step is None else resume_step + 1
+            self._tensorboard = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
+
+        self._tensorboard_guarded(start)
+
+    def _tensorboard_guarded(self, action: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except Exception as error:
+            # Its writer thread ends at the first failure, whatever the kind, and does not come back.
+            self._count_error(TENSORBOARD_FOLDER, error)
+            self._tensorboard = None
+
+    def _write_tensorboard(self, record: dict[str, Any]) -> None:
+        kind, step, wall_time = record["kind"], record["step"], record["time"]
+        for key, value in record.items():
+            if key not in ("kind", "step", "time") and isinstance(value, (int, float)):
+                self._tensorboard.add_scalar(f"{kind}/{key}", value, step, walltime=wall_time)

@@ -1,0 +1,131 @@
+"""What the loop tells the world: this rank's Prometheus metrics, the run's history (rank 0) and the driver."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from symile_dist.metrics.exporter import Exporter
+from symile_dist.metrics.history import History
+from symile_dist.metrics.names import known_or_other
+
+Publish = Callable[[dict[str, Any]], None]
+
+
+def _ignore(record: dict[str, Any]) -> None:
+    """Publishes to nobody."""
+
+
+class Recorder:
+    """One rank's recorder. `history` and `publish` are rank 0's alone; every rank has an exporter.
+
+    Args:
+        exporter: where Prometheus metrics go; None for none.
+        history: the run's history; None on other ranks.
+        publish: called with every record, for the driver's live view.
+    """
+
+    def __init__(
+        self, exporter: Exporter | None = None, history: History | None = None, publish: Publish = _ignore
+    ) -> None:
+        self.exporter, self.history, self.publish = exporter, history, publish
+        self._phases: defaultdict[str, float] = defaultdict(float)
+        self._since = time.perf_counter()
+        self._steps = self._samples = 0
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times a phase of the step (see PHASES in metrics/names.py)."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begin
+            self._phases[name] += seconds
+            if self.exporter:
+                self.exporter.increment("symile_train_phase_seconds_total", seconds, phase=name)
+
+    def restart_clock(self) -> None:
+        """Begins a new interval of speed measurement: set-up, validation and saving are not steps."""
+        self._phases.clear()
+        self._since = time.perf_counter()
+        self._steps = self._samples = 0
+
+    def count_step(self, seconds: float, local_samples: int, global_samples: int, applied: bool) -> None:
+        self._steps += 1
+        self._samples += global_samples
+        if self.exporter:
+            self.exporter.increment("symile_train_steps_total")
+            self.exporter.increment("symile_train_samples_total", local_samples)
+            self.exporter.observe("symile_train_step_duration_seconds", seconds)
+            if not applied:
+                self.exporter.increment("symile_train_skipped_steps_total", reason="nonfinite_grad")
+
+    def count_data(self, bytes_read: int, faults: dict[str, int]) -> None:
+        if not self.exporter:
+            return
+        self.exporter.increment("symile_data_bytes_total", bytes_read)
+        for kind, count in faults.items():
+            name = "symile_data_read_errors_total"
+            self.exporter.increment(name, count, kind=known_or_other(name, "kind", kind))
+            self.exporter.increment("symile_data_dropped_samples_total", count, reason="unreadable")
+
+    def train_record(self, step: int, samples_seen: int, **values: float) -> None:
+        """A record of the last steps since the one before, with their speed."""
+        seconds = max(1e-9, time.perf_counter() - self._since)
+        speed = {
+            "samples_per_second": self._samples / seconds,
+            "step_seconds": seconds / max(1, self._steps),
+            "data_wait_fraction": self._phases["data_wait"] / seconds,
+        }
+        gauges = {
+            "loss": "symile_train_loss",
+            "learning_rate": "symile_train_learning_rate",
+            "grad_norm": "symile_train_grad_norm",
+            "logit_scale": "symile_train_logit_scale",
+            "positive_score": "symile_contrastive_positive_score",
+            "negative_score": "symile_contrastive_negative_score",
+            "total_correlation_bound": "symile_contrastive_total_correlation_bound_nats",
+        }
+        if self.exporter:
+            for key, name in gauges.items():
+                if key in values:
+                    self.exporter.set(name, values[key])
+        self.record("train", step, samples_seen=samples_seen, **values, **speed)
+        self.restart_clock()
+
+    def validation_record(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
+        if self.exporter and self.history:  # one rank is enough: the values are global
+            for key, value in values.items():
+                if key.startswith("accuracy/"):
+                    query = key.removeprefix("accuracy/")
+                    self.exporter.set("symile_contrastive_retrieval_accuracy_ratio", value, query=query, k="1")
+        self.record("validation", step, samples_seen=samples_seen, **values)
+
+    def checkpoint_record(self, step: int, samples_seen: int, size: int, seconds: float) -> None:
+        if self.exporter:
+            self.exporter.observe("symile_checkpoint_duration_seconds", seconds, op="save")
+            self.exporter.set("symile_checkpoint_last_success_timestamp_seconds", time.time())
+            if self.history:
+                self.exporter.set("symile_checkpoint_size_bytes", size)
+        self.record("checkpoint", step, samples_seen=samples_seen, bytes=size, seconds=seconds)
+
+    def event(self, step: int, message: str, level: str = "info") -> None:
+        self.record("event", step, message=message, level=level)
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        if self.history:
+            self.publish(self.history.write(kind, step, **values))
+
+    def flush(self) -> None:
+        if self.history:
+            self.history.flush()
+
+    def close(self) -> None:
+        if self.history:
+            self.history.close()
+        if self.exporter:
+            self.exporter.close()

@@ -1,0 +1,71 @@
+"""The model: one encoder per modality, and the learned scale of the logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from symile_dist.config import Config
+from symile_dist.registry import ENCODERS, OBJECTIVES, build
+from symile_dist.types import Batch, Inputs, Outputs, StepReport
+
+
+class L2Normalize(nn.Module):
+    """(n, D) -> rows of unit length."""
+
+    def forward(self, representations: Tensor) -> Tensor:
+        return F.normalize(representations, dim=-1)
+
+
+def _normalization(kind: str, embedding_dim: int) -> nn.Module:
+    if kind == "layer_norm":
+        return nn.LayerNorm(embedding_dim)
+    return L2Normalize() if kind == "l2" else nn.Identity()
+
+
+class MultimodalModel(nn.Module):
+    """Encoders, each ended by the normalisation, and logit_scale (its log is what is learned; unclamped, as Symile).
+
+    Raises ValueError for an encoder or option that does not exist.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        dim = config.model.embedding_dim
+        self.encoders = nn.ModuleDict()
+        self.normalizations = nn.ModuleDict()
+        for name, modality in config.modalities.items():
+            encoder = modality.encoder
+            self.encoders[name] = build(encoder.name, encoder.options, ENCODERS, "encoder", embedding_dim=dim)
+            self.normalizations[name] = _normalization(config.model.normalization, dim)
+            if modality.freeze:
+                self.encoders[name].requires_grad_(False)
+        # One element, not zero dimensions: DeepSpeed cannot broadcast a scalar parameter.
+        self.logit_scale = nn.Parameter(torch.full((1,), config.model.logit_scale_init))
+
+    def forward(self, inputs: dict[str, Inputs]) -> Outputs:
+        representations = {}
+        for name, encoder in self.encoders.items():
+            emitted = encoder(inputs[name])
+            # A point set (WPSE) has a normalisation of its own, token by token.
+            representations[name] = self.normalizations[name](emitted) if isinstance(emitted, Tensor) else emitted
+        return Outputs(representations, self.logit_scale.exp().squeeze(0))
+
+
+class TrainingModule(nn.Module):
+    """Model and objective as one module, so that both their parameters pass through engine and checkpoint."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.model = MultimodalModel(config)
+        objective = config.objective
+        self.objective: nn.Module = build(objective.name, objective.options, OBJECTIVES, "objective", seed=config.seed)
+        for name, parameter in self.named_parameters():
+            if len(getattr(parameter, "ds_shape", parameter.shape)) == 0:
+                raise ValueError(
+                    f"parameter '{name}' has no dimension, which DeepSpeed cannot shard; give it shape (1,)"
+                )
+
+    def forward(self, batch: Batch, step: int) -> StepReport:
+        return self.objective(self.model(batch.inputs), batch, step)

@@ -1,0 +1,16 @@
+"""Objectives: what is learned from a batch of representations. Imports with torch alone.
+
+The losses are plain functions of tensors, usable in anyone's trainer:
+
+    loss = SymileLoss(negative_sampling="n", seed=0)
+    value = loss([a, b, c], logit_scale, step=t)
+
+What this project's trainer calls is an objective, an nn.Module `objective(outputs, batch, step) -> StepReport`;
+`OBJECTIVES` names them.
+"""
+
+from symile_dist.objectives.clip import PairwiseClipLoss, PairwiseClipObjective
+from symile_dist.objectives.symile import SymileLoss, SymileObjective
+from symile_dist.registry import OBJECTIVES
+
+__all__ = ["OBJECTIVES", "PairwiseClipLoss", "PairwiseClipObjective", "SymileLoss", "SymileObjective"]

@@ -1,0 +1,83 @@
+"""What is checked before any work starts: the config against the code, the data and the run directory.
+
+Raises ValueError with everything that is wrong, so that no worker is started in vain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from symile_dist.checkpoint.manifest import complete_checkpoints
+from symile_dist.config import Config
+from symile_dist.data.loader import Population
+from symile_dist.data.manifest import read_manifest
+from symile_dist.registry import DECODERS, ENCODERS, OBJECTIVES, TRANSFORMS, build, check_options, resolve, suggestion
+
+
+def _checks(config: Config) -> list[Callable[[], Any]]:
+    def encoder(name: str) -> None:
+        spec = config.modalities[name].encoder
+        fixed = ("embedding_dim",)
+        check_options(resolve(spec.name, ENCODERS, "encoder"), spec.options, "encoder", spec.name, fixed)
+
+    def decoder(name: str) -> None:
+        spec = config.modalities[name].decoder
+        check_options(resolve(spec.name, DECODERS, "decoder"), {"data": b"", **spec.options}, "decoder", spec.name)
+
+    def transform(name: str) -> None:
+        spec = config.modalities[name].transform
+        build(spec.name, spec.options, TRANSFORMS, "transform")
+
+    def objective() -> None:
+        spec = config.objective
+        build(spec.name, spec.options, OBJECTIVES, "objective", seed=config.seed)
+
+    def data(directory: str, train: bool) -> None:
+        population = Population(read_manifest(directory), config)
+        lanes = config.data.lanes
+        if train and lanes and lanes > population.num_samples:
+            raise ValueError(f"data.lanes = {lanes} exceeds the {population.num_samples} samples of {directory}")
+
+    def best_metric() -> None:
+        known = ["loss"] + [
+            f"accuracy/{target}_from_{'_'.join(m for m in config.modalities if m != target)}"
+            for target in config.modalities
+        ]
+        name = config.validation.best_metric
+        if name not in known:
+            raise ValueError(f"validation.best_metric: unknown value '{name}'{suggestion(name, known)}")
+
+    def warm_start() -> None:
+        if config.run.init_from:
+            newest_checkpoint(config.run.init_from)
+
+    checks: list[Callable[[], Any]] = [objective, best_metric, warm_start]
+    for name in config.modalities:
+        checks += [lambda n=name: encoder(n), lambda n=name: decoder(n), lambda n=name: transform(n)]  # type: ignore[misc]
+    checks.append(lambda: data(config.data.train, train=True))
+    for directory in {config.data.validation, config.data.test} - {None, config.data.train}:
+        checks.append(lambda d=directory: data(d, train=False))  # type: ignore[misc]
+    return checks
+
+
+def preflight(config: Config) -> None:
+    """Raises ValueError with one line per problem."""
+    problems: list[str] = []
+    for check in _checks(config):
+        try:
+            check()
+        except ValueError as error:
+            if str(error) not in problems:
+                problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def newest_checkpoint(run: str | Path) -> tuple[int, Path]:
+    """(step, folder) of a run's newest complete checkpoint. Raises ValueError when there is none."""
+    complete = complete_checkpoints(Path(run) / "checkpoints")
+    if not complete:
+        raise ValueError(f"{run}: no complete checkpoint there; is it the directory of a run?")
+    return complete[-1]

@@ -1,0 +1,120 @@
+"""A run's directory: its config, what became of it, and who may write into it.
+
+config.yaml       the resolved config        run.json          status and lineage
+checkpoints/      see checkpoint/manifest    ranks.json        pid, host and metrics address of every rank
+history.jsonl     see metrics/history        tensorboard/      the same for TensorBoard
+logs/             one file per rank          evaluation/       results of `symile-dist evaluate`
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import symile_dist
+from symile_dist.checkpoint.manifest import checkpoint_folders
+from symile_dist.config import Config, ConfigError, load_config
+from symile_dist.storage import read_json, write_json, write_text
+
+CONFIG_FILE = "config.yaml"
+RUN_FILE = "run.json"
+RANKS_FILE = "ranks.json"
+
+
+def load_run(directory: str | Path, overrides: list[str] | None = None) -> Config:
+    """The config of an existing run. Raises ConfigError when the directory holds none."""
+    path = Path(directory)
+    if not (path / CONFIG_FILE).exists():
+        hint = "; did you mean its parent's name under runs/?" if not path.exists() else ""
+        raise ConfigError(f"{path}: not a run directory (it has no {CONFIG_FILE}){hint}")
+    # The directory may have been moved or be named otherwise from here: it is where it is.
+    return load_config(path / CONFIG_FILE, [*(overrides or []), f"run.directory={path}"]).config
+
+
+def prepare(config: Config, fresh: bool, resume: bool) -> bool:
+    """Makes the run directory ready; returns True when an earlier attempt is continued.
+
+    Raises ValueError when the directory holds a run of another config, unless `resume` (the new config takes over and
+    the old one is kept in the lineage) or `fresh` (the old directory is moved aside, not deleted).
+    """
+    directory = config.run_directory
+    existing = directory / CONFIG_FILE
+    lineage: list[dict[str, Any]] = []
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory}: is a file, not a folder; choose another run.directory")
+    if fresh and directory.exists() and any(directory.iterdir()):
+        aside = directory.with_name(f"{directory.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = aside.with_name(f"{aside.name}-{number}")
+        os.rename(directory, aside)
+    continued = existing.exists()
+    if continued:
+        old = load_run(directory)
+        run = read_run(directory)
+        lineage = run.get("lineage", [])
+        if old.digest() != config.digest():
+            if not resume:
+                raise ValueError(
+                    f"{directory}: holds a run of another config ({'; '.join(differences(old, config)[:5])}). To go "
+                    f"on with it: symile-dist resume {directory} [key=value ...]. To begin anew: another run.name, or "
+                    "--fresh, which moves the old run aside"
+                )
+            if checkpoint_folders(directory / "checkpoints"):
+                lineage = [*lineage, {"changed": differences(old, config), "time": time.time()}]
+    elif directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory}: is not empty and not a run directory; choose another run.directory")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(directory / CONFIG_FILE, config.to_yaml())
+        update_run(
+            directory,
+            name=config.run.name,
+            status="starting",
+            message="",
+            config_digest=config.digest(),
+            code_version=symile_dist.__version__,
+            lineage=lineage,
+        )
+    except OSError as error:
+        raise ValueError(f"{directory}: cannot be written: {error.strerror or error}") from None
+    return continued
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    try:
+        return dict(read_json(directory / RUN_FILE))
+    except FileNotFoundError:
+        return {}
+
+
+def update_run(directory: Path, **values: Any) -> None:
+    """Changes entries of run.json, atomically."""
+    content = read_run(directory)
+    content.setdefault("created", time.time())
+    write_json(directory / RUN_FILE, {**content, **values, "updated": time.time()})
+
+
+def write_ranks(directory: Path, ranks: dict[int, dict[str, Any]]) -> None:
+    write_json(directory / RANKS_FILE, [ranks[rank] for rank in sorted(ranks)])
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """`key: old -> new` for every key in which two configs differ, run.name and run.directory left out."""
+
+    def flatten(value: Any, path: str) -> dict[str, Any]:
+        if not isinstance(value, dict) or not value:
+            return {path: value}
+        flat: dict[str, Any] = {}
+        for key, item in value.items():
+            flat |= flatten(item, f"{path}.{key}" if path else key)
+        return flat
+
+    exclude: Any = {"run": {"name", "directory"}}
+    before = flatten(old.model_dump(mode="json", exclude=exclude), "")
+    after = flatten(new.model_dump(mode="json", exclude=exclude), "")
+    keys = dict.fromkeys([*before, *after])
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]

@@ -1,0 +1,103 @@
+"""What flows between the parts: `Batch` -> `Outputs` -> `StepReport`.
+
+Shape suffixes used throughout the code:
+
+    N  samples of the global batch          n  samples of this rank (n = N / world_size)
+    M  modalities                           D  embedding dimension
+    T  tokens or frames of a sequence       C  channels         H, W  height and width of an image
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Padded(NamedTuple):
+    """Sequences of unequal length, padded with zeros at the end.
+
+    Encoders must not let the padding change a sample's representation: how far a sequence is padded depends on
+    its neighbours in the batch, hence on the world size.
+    """
+
+    values: Tensor
+    """(n, T) or (n, T, ...): T is the longest sequence of the batch."""
+    lengths: Tensor
+    """(n,) int64: the true lengths."""
+
+    def mask(self) -> Tensor:
+        """(n, T) bool: True where a position holds data."""
+        return torch.arange(self.values.shape[1], device=self.values.device)[None, :] < self.lengths[:, None]
+
+
+class PointSet(NamedTuple):
+    """A weighted point set (WPSE, arXiv 2404.19228): what an encoder may emit in place of one vector."""
+
+    vectors: Tensor
+    """(n, T, D)"""
+    weights: Tensor
+    """(n, T): signed, zero where a token is padding."""
+
+
+Inputs = Tensor | Padded
+Representation = Tensor | PointSet
+
+
+@dataclass
+class Batch:
+    """One rank's share of a global batch."""
+
+    inputs: dict[str, Inputs]
+    """Per modality, in the order of the config: a tensor (n, ...) or `Padded`."""
+    present: Tensor
+    """(n, M) bool: False where a sample lacks a modality (its input is then a placeholder)."""
+    valid: Tensor
+    """(n,) bool: False where the slot holds no sample (unreadable, or the tail of a validation pass)."""
+    sample_ids: Tensor
+    """(n,) int64: the sample's number in the dataset, stable over epochs, world sizes and restarts."""
+    labels: list[str] = field(default_factory=list)
+    """n class labels, for evaluation; empty where the config names no label."""
+    faults: dict[str, int] = field(default_factory=dict)
+    """What went wrong while reading, by kind: counted in the metrics."""
+    bytes_read: int = 0
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
+        """Moves the tensors; floating-point inputs are cast to `dtype` where one is given."""
+
+        def move(tensor: Tensor) -> Tensor:
+            cast = dtype if tensor.is_floating_point() else None
+            return tensor.to(device=device, dtype=cast, non_blocking=True)
+
+        inputs: dict[str, Inputs] = {
+            name: Padded(move(value.values), move(value.lengths)) if isinstance(value, Padded) else move(value)
+            for name, value in self.inputs.items()
+        }
+        return Batch(
+            inputs, move(self.present), move(self.valid), self.sample_ids, self.labels, self.faults, self.bytes_read
+        )
+
+    def __len__(self) -> int:
+        return int(self.valid.shape[0])
+
+
+class Outputs(NamedTuple):
+    """What the encoders emit for one rank's share of the batch."""
+
+    representations: dict[str, Any]
+    """Per modality, in the order of the config: a vector (n, D) or a `PointSet`."""
+    logit_scale: Tensor
+    """Scalar, already exp-ed: what logits are multiplied with."""
+
+
+class StepReport(NamedTuple):
+    """What an objective returns.
+
+    `loss` is the global loss, the same on every rank; its gradient, once averaged over the ranks (as DDP and ZeRO
+    do), is the gradient of the global loss. `metrics` are detached scalars for the history and Prometheus.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]

@@ -1,0 +1,139 @@
+"""What Ray runs on each rank: build the parts, go on from the newest checkpoint, train."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import socket
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+
+from symile_dist.checkpoint.manager import CheckpointManager
+from symile_dist.checkpoint.manifest import Manifest
+from symile_dist.checkpoint.reshape import consolidated_weights
+from symile_dist.config import Config
+from symile_dist.data.loader import open_training
+from symile_dist.distributed import raise_together
+from symile_dist.engine import Engine
+from symile_dist.errors import RunStopped
+from symile_dist.metrics.exporter import Exporter
+from symile_dist.metrics.history import History
+from symile_dist.metrics.recorder import Recorder
+from symile_dist.preflight import newest_checkpoint
+from symile_dist.train import TrainState, train
+from symile_dist.validate import Validator
+
+logger = logging.getLogger(__name__)
+
+
+def run_worker(settings: dict[str, Any]) -> None:
+    """Entry point of a rank. `settings`: the config as plain data, and the driver's board.
+
+    A mistake of the user or a run that cannot go on is told to the driver and ends the worker normally, so that Ray
+    does not start it again; anything else raises, and Ray restarts the group.
+    """
+    config = Config.model_validate(settings["config"])
+    board = settings["board"]
+    rank = ray.train.get_context().get_world_rank()
+    _set_up_process(config, rank)
+    recorder = _make_recorder(config, rank, board)
+    try:
+        state = _train(config, rank, recorder)
+    except (RunStopped, ValueError) as error:
+        logger.error("%s", error, exc_info=not isinstance(error, RunStopped))
+        if rank == 0:
+            status = "stopped" if isinstance(error, RunStopped) else "refused"
+            ray.get(board.finish.remote(status, str(error)))
+    except Exception:
+        logger.exception("rank %d fails; Ray restarts the group while ray.max_failures allows", rank)
+        raise
+    else:
+        if rank == 0:
+            ray.get(board.finish.remote("finished", "", step=state.step))
+    finally:
+        recorder.close()
+
+
+def _set_up_process(config: Config, rank: int) -> None:
+    threads = config.ray.threads_per_worker or max(1, int(config.ray.cpus_per_worker))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    logs = config.run_directory / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    path = logs / f"rank-{rank:05d}.log"
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("symile_dist").addHandler(handler)
+    logging.getLogger("symile_dist").setLevel(logging.INFO)
+    faulthandler.enable(open(path, "a"))  # noqa: SIM115 - open as long as the process lives
+    logger.info("rank %d starts, pid %d on %s", rank, os.getpid(), socket.gethostname())
+
+
+def _make_recorder(config: Config, rank: int, board: Any) -> Recorder:
+    metrics = config.metrics
+    port = metrics.port + rank if metrics.port else 0
+    exporter = None
+    if metrics.enabled:
+        exporter = Exporter(port, metrics.address, label_values={"modality": list(config.modalities)})
+    board.join.remote(
+        {
+            "rank": rank,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "metrics_url": exporter.url if exporter else None,
+        }
+    )
+    return Recorder(exporter, publish=board.post.remote)
+
+
+def _train(config: Config, rank: int, recorder: Recorder) -> TrainState:
+    device = ray.train.torch.get_device()
+    checkpoints = CheckpointManager(config)
+    manifest = checkpoints.find()
+    state = TrainState.from_manifest(manifest) if manifest else TrainState()
+    if rank == 0:
+        recorder.history = History(config.run_directory, resume_step=state.step)
+    problem = None
+    try:
+        loader = open_training(config, rank, state.step)
+        if manifest:
+            loader.check_state(manifest.loader_state)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    raise_together(problem)
+    engine = Engine(config, device)
+    if manifest:
+        checkpoints.load(engine, manifest)
+        recorder.event(state.step, f"resumed from step {state.step}")
+    elif config.run.init_from:
+        _warm_start(config, engine, recorder)
+    validator = Validator(config, engine) if config.data.validation else None
+    _log_start(config, engine, manifest)
+    return train(config, engine, loader, validator, checkpoints, recorder, state)
+
+
+def _warm_start(config: Config, engine: Engine, recorder: Recorder) -> None:
+    assert config.run.init_from
+    step, folder = newest_checkpoint(config.run.init_from)
+    weights = consolidated_weights(folder)
+    copied = engine.load_weights(weights)
+    if not copied:
+        raise ValueError(f"run.init_from = {config.run.init_from}: none of its weights fits this model")
+    total = sum(1 for _ in engine.module.named_parameters())
+    recorder.event(0, f"warm start: {len(copied)} of {total} parameters from {config.run.init_from}, step {step}")
+
+
+def _log_start(config: Config, engine: Engine, manifest: Manifest | None) -> None:
+    parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in engine.module.parameters())
+    logger.info(
+        "%d parameters, ZeRO stage %d, %s, from step %d of %d",
+        parameters,
+        config.train.zero_stage,
+        config.train.precision,
+        manifest.step if manifest else 0,
+        config.train.steps,
+    )
