@@ -142,7 +142,7 @@ def _shards_index(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from symile_dist.tools.demo import run_demo
 
-    return run_demo(Path(options.out), plain=options.plain or None, quick=options.quick)
+    return run_demo(Path(options.out), Path(options.data), plain=options.plain or None, quick=options.quick)
 
 
 def _command(
@@ -275,7 +275,8 @@ def build_parser() -> argparse.ArgumentParser:
         "symile-dist demo --out runs/demo",
         json_option=False,
     )
-    demo.add_argument("--out", default="runs/demo", help="folder for data, runs, table and figure")
+    demo.add_argument("--out", default="runs/demo", help="folder for the runs, the table and the figure")
+    demo.add_argument("--data", default="data/m3-digits-5", help="folder of the data; made if it is not there")
     demo.add_argument("--quick", action="store_true", help="a few steps only: shows that it works, learns nothing")
     _run_arguments(demo)
     return parser

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic_core import CoreSchema, ErrorDetails
 
 from symile_dist.registry import DECODERS, ENCODERS, OBJECTIVES, TRANSFORMS, suggestion, unknown_name
 
@@ -55,6 +55,10 @@ class Component(BaseModel):
     @classmethod
     def _from_string(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(schema)]}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -363,24 +367,27 @@ def _compose(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
         raise ConfigError(f"{source}: not valid YAML: {error}") from None
 
 
-def _apply_override(data: dict[str, Any], override: str) -> KeyPath:
+def _apply_override(data: dict[str, Any], override: str) -> tuple[KeyPath, KeyPath | None]:
+    """Sets a key; returns its path and that of a component whose short form became a map on the way."""
     key, equals, text = override.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
         raise ConfigError(f"override '{override}': write key=value, e.g. train.steps=100")
     value, _ = _compose(text, f"override '{override}'") if text.strip() else (None, {})
     at: Any = data
+    expanded: KeyPath | None = None
     for depth, part in enumerate(path[:-1]):
         child = at.setdefault(part, {})
         if child is None:
             child = at[part] = {}
         if isinstance(child, str):  # a component's short form: `encoder: mlp`
             child = at[part] = {"name": child}
+            expanded = path[: depth + 1]
         if not isinstance(child, dict):
             raise ConfigError(f"override '{override}': {'.'.join(path[: depth + 1])} is a value, not a section")
         at = child
     at[path[-1]] = value
-    return path
+    return path, expanded
 
 
 def _model_at(path: KeyPath) -> type[BaseModel] | None:
@@ -426,7 +433,12 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Loade
     problems: list[str] = []
     for override in overrides:
         try:
-            origins[_apply_override(data, override)] = f"override '{override}'"
+            path, expanded = _apply_override(data, override)
+            if expanded and expanded in origins:
+                origins[(*expanded, "name")] = origins[expanded]
+            # What stood below the key is gone, and so is where it stood.
+            origins = {other: place for other, place in origins.items() if other[: len(path)] != path}
+            origins[path] = f"override '{override}'"
         except ConfigError as error:
             problems.append(str(error))
 
@@ -468,7 +480,12 @@ def explain(loaded: LoadedConfig) -> str:
     rows: list[str] = []
 
     def origin(path: KeyPath) -> str:
-        for length in range(len(path), 0, -1):
+        if path in loaded.origins:
+            return loaded.origins[path]
+        below = [place for other, place in loaded.origins.items() if other[: len(path)] == path]
+        if below:  # a map that overrides put together
+            return ", ".join(dict.fromkeys(below))
+        for length in range(len(path) - 1, 0, -1):
             prefix = path[:length]
             # A section that was written stands for the keys inside it only where it was given as one value.
             if prefix in loaded.origins and not any(other[:length] == prefix != other for other in loaded.origins):

@@ -8,6 +8,7 @@ import threading
 import time
 from typing import Any
 
+from symile_dist.checkpoint.manifest import CHECKPOINTS, complete_checkpoints
 from symile_dist.config import Config
 from symile_dist.errors import RunFailed
 from symile_dist.run_directory import update_run, write_ranks
@@ -135,6 +136,10 @@ def run(config: Config, plain: bool | None = None) -> dict[str, Any]:
     Returns {"status": "finished", "step": ..., "restarts": ..., "seconds": ...}.
     Raises ValueError for a user's mistake that only a worker could see, RunFailed when the run cannot go on.
     """
+    done = complete_checkpoints(config.run_directory / CHECKPOINTS)
+    if done and done[-1][0] >= config.train.steps:
+        update_run(config.run_directory, status="finished", message="")
+        return {"status": "finished", "step": done[-1][0], "restarts": 0, "seconds": 0.0}
     start_ray(config)
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from symile_dist.checkpoint.manifest import complete_checkpoints
+from symile_dist.checkpoint.manifest import CHECKPOINTS, complete_checkpoints
 from symile_dist.config import Config
 from symile_dist.data.loader import Population
 from symile_dist.data.manifest import read_manifest
@@ -77,7 +77,7 @@ def preflight(config: Config) -> None:
 
 def newest_checkpoint(run: str | Path) -> tuple[int, Path]:
     """(step, folder) of a run's newest complete checkpoint. Raises ValueError when there is none."""
-    complete = complete_checkpoints(Path(run) / "checkpoints")
+    complete = complete_checkpoints(Path(run) / CHECKPOINTS)
     if not complete:
         raise ValueError(f"{run}: no complete checkpoint there; is it the directory of a run?")
     return complete[-1]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import symile_dist
-from symile_dist.checkpoint.manifest import checkpoint_folders
+from symile_dist.checkpoint.manifest import CHECKPOINTS, checkpoint_folders
 from symile_dist.config import Config, ConfigError, load_config
 from symile_dist.storage import read_json, write_json, write_text
 
@@ -63,7 +63,7 @@ def prepare(config: Config, fresh: bool, resume: bool) -> bool:
                     f"on with it: symile-dist resume {directory} [key=value ...]. To begin anew: another run.name, or "
                     "--fresh, which moves the old run aside"
                 )
-            if checkpoint_folders(directory / "checkpoints"):
+            if checkpoint_folders(directory / CHECKPOINTS):
                 lineage = [*lineage, {"changed": differences(old, config), "time": time.time()}]
     elif directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory}: is not empty and not a run directory; choose another run.directory")

@@ -7,7 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from symile_dist.checkpoint.manifest import CheckpointError, complete_checkpoints, folder_name, read_manifest
+from symile_dist.checkpoint.manifest import (
+    CHECKPOINTS,
+    CheckpointError,
+    complete_checkpoints,
+    folder_name,
+    read_manifest,
+)
 from symile_dist.checkpoint.reshape import consolidated_weights
 from symile_dist.config import Config
 from symile_dist.data.loader import Loader, open_validation
@@ -24,7 +30,7 @@ def find_checkpoint(config: Config, step: str) -> Path:
 
     Raises CheckpointError when it is not there, naming those that are.
     """
-    complete = dict(complete_checkpoints(config.run_directory / "checkpoints"))
+    complete = dict(complete_checkpoints(config.run_directory / CHECKPOINTS))
     if not complete:
         raise CheckpointError(f"{config.run_directory}: has no complete checkpoint yet")
     newest = max(complete)

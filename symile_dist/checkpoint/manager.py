@@ -14,6 +14,7 @@ import torch
 
 import symile_dist
 from symile_dist.checkpoint.manifest import (
+    CHECKPOINTS,
     CheckpointError,
     FileEntry,
     Manifest,
@@ -28,8 +29,6 @@ from symile_dist.distributed import barrier, broadcast_object, gather_objects, r
 from symile_dist.storage import sha256_of_file, sync_directory
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINTS = "checkpoints"
 
 
 class SavesShards(Protocol):

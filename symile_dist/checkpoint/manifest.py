@@ -14,6 +14,8 @@ from typing import Any
 
 from symile_dist.storage import read_json, sha256_of_file, write_json
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's directory in which its checkpoints stand."""
 MANIFEST = "manifest.json"
 VERSION = 1
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")

@@ -37,4 +37,5 @@ def consolidated_weights(folder: Path) -> dict[str, Tensor]:
 
     # It prints its progress, which has no place in what `--json` prints.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
+        state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+    return {name: tensor.detach() for name, tensor in state.items()}

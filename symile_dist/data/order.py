@@ -99,7 +99,8 @@ class LanesWindowsOrder:
 
     def _epoch_of(self, lane: int, offset: int) -> tuple[int, int]:
         """(epoch, offset within the lane's share of it) of a lane offset."""
-        epoch = offset // (self.num_samples // self.lanes + 1)  # never too late: no lane share is larger
+        cycles, rest = divmod(offset, self.num_samples)  # in any C epochs a lane reads N samples
+        epoch = cycles * self.lanes + rest // (self.num_samples // self.lanes + 1)  # never too late: no share is larger
         while self._consumed_before(epoch + 1, lane) <= offset:
             epoch += 1
         return epoch, offset - self._consumed_before(epoch, lane)

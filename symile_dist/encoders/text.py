@@ -25,13 +25,16 @@ class TextConvNet(nn.Module):
         width: int = 64,
         kernel: int = 3,
         dilations: Sequence[int] = (1, 2, 4, 8),
+        pooled: int = 256,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary_size, width, padding_idx=0)
         nn.init.normal_(self.embedding.weight, std=0.5)
         self.layers = nn.ModuleList([MaskedConv(width, width, kernel, dilation=dilation) for dilation in dilations])
-        self.pool = MaskedPool(width)
-        self.projection = nn.Linear(2 * width, embedding_dim)
+        # As many detectors as there are things to tell apart: the pooling forgets where each of them fired.
+        self.layers.append(MaskedConv(width, pooled, 1))
+        self.pool = MaskedPool(pooled)
+        self.projection = nn.Linear(2 * pooled, embedding_dim)
 
     def forward(self, inputs: Inputs) -> Tensor:
         """`Padded` of (n, T) int64 character ids -> (n, embedding_dim). Raises TypeError for a plain tensor."""

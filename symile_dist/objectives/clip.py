@@ -44,9 +44,11 @@ class PairwiseClipLoss:
         for first, second in permutations(range(len(representations)), 2):
             logits = representations[first] @ batch.gathered[second].T  # (n, N)
             positive = (representations[first] * representations[second]).sum(dim=1)
-            # The positive goes in after the mask: so an invalid row, which is left out below, stays finite.
-            logits = logits.masked_fill(~batch.valid, -torch.inf).index_put((own, columns), positive)
-            losses = (logits * logit_scale).logsumexp(dim=1) - positive * logit_scale
+            # Scaled before the mask, for the gradient of the scale would be 0 * -inf = nan after it. The positive goes
+            # in after the mask: so an invalid row, which is left out below, stays finite.
+            scaled_positive = positive * logit_scale
+            scaled = (logits * logit_scale).masked_fill(~batch.valid, -torch.inf)
+            losses = scaled.index_put((own, columns), scaled_positive).logsumexp(dim=1) - scaled_positive
             total = total + torch.where(batch.local_valid, losses, 0.0).sum()
         return batch.finish(total / 2)
 

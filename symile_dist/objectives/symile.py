@@ -62,9 +62,11 @@ class SymileLoss:
             others = [m for m in range(number) if m != anchor]
             negatives = elementwise_product([batch.gathered[m][permutations[anchor, m]] for m in others])
             logits = representations[anchor] @ negatives.T  # (n, N)
-            # The positive goes in after the mask: so an invalid row, which is left out below, stays finite.
-            logits = logits.masked_fill(~batch.valid, -torch.inf).index_put((own, columns), positive)
-            losses = (logits * logit_scale).logsumexp(dim=1) - positive * logit_scale
+            # Scaled before the mask, for the gradient of the scale would be 0 * -inf = nan after it. The positive goes
+            # in after the mask: so an invalid row, which is left out below, stays finite.
+            scaled_positive = positive * logit_scale
+            scaled = (logits * logit_scale).masked_fill(~batch.valid, -torch.inf)
+            losses = scaled.index_put((own, columns), scaled_positive).logsumexp(dim=1) - scaled_positive
             total = total + torch.where(batch.local_valid, losses, 0.0).sum()
         return batch.finish(total / number)
 
