@@ -37,7 +37,9 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """Base of every section: unknown keys are mistakes, values cannot change once made."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, ser_json_inf_nan="constants"
+    )
 
 
 class Component(BaseModel):
@@ -46,7 +48,7 @@ class Component(BaseModel):
     `name` is a registry name or `package.module:Name`. A bare string stands for a component without options.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="constants")
 
     name: str
     """Registry name, or package.module:Name for one of your own."""
@@ -93,7 +95,7 @@ class DataConfig(Section):
     metadata_member: str = "json"
     """Member that holds a sample's metadata (JSON)."""
     label: str | None = "class"
-    """Key in the metadata that holds the class which retrieval is judged by; null: each sample is a class of its own."""
+    """Key in the metadata that holds the class which retrieval is judged by; null: each sample is its own class."""
     max_bad_fraction: Fraction = 0.01
     """The run stops when more than this fraction of the samples read so far (of at least 1,000) was unreadable."""
 
@@ -249,6 +251,7 @@ class Config(Section):
     def digest(self) -> str:
         """sha256 of everything but the run's name and place: equal digests continue each other's checkpoints."""
         content = self.model_dump(mode="json", exclude={"run": {"name", "directory"}})
+        content["modalities"] = list(content["modalities"].items())  # their order decides the negatives
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
@@ -275,7 +278,7 @@ def _cross_checks(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         below, above = batch // world * world, -(-batch // world) * world
         yield (
             ("train", "global_batch_size"),
-            f"{batch} is not divisible by ray.num_workers = {world}; use {below or above} or {above}",
+            f"{batch} is not divisible by ray.num_workers = {world}; use {f'{below} or ' if below else ''}{above}",
         )
     if config.data.lanes and batch % config.data.lanes:
         yield (
@@ -284,8 +287,9 @@ def _cross_checks(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         )
     if config.validation.every and not config.data.validation:
         yield ("validation", "every"), "needs data.validation, a folder of validation shards"
-    if "://" in str(config.run_directory) or (config.run.init_from and "://" in config.run.init_from):
-        yield ("run", "directory"), "only local (or mounted) folders are supported"
+    for key, folder in (("directory", config.run.directory), ("init_from", config.run.init_from)):
+        if folder and "://" in folder:
+            yield ("run", key), "only local (or mounted) folders are supported"
     if config.metrics.port and config.metrics.port + world - 1 > 65535:
         yield ("metrics", "port"), f"port + ray.num_workers - 1 = {config.metrics.port + world - 1} exceeds 65535"
     for key, instead in DERIVED_DEEPSPEED_KEYS.items():
@@ -293,7 +297,8 @@ def _cross_checks(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             yield ("deepspeed", key), f"follows from the config; set {instead} in its place"
     zero = config.deepspeed.get("zero_optimization", {})
     if isinstance(zero, dict) and "stage" in zero:
-        yield ("deepspeed", "zero_optimization"), "stage follows from the config; set train.zero_stage in its place"
+        path = ("deepspeed", "zero_optimization", "stage")
+        yield path, "follows from the config; set train.zero_stage in its place"
     for name in config.modalities:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
             yield ("modalities", name), "a modality's name is made of letters, digits and '_', and begins with a letter"
@@ -374,6 +379,8 @@ def _apply_override(data: dict[str, Any], override: str) -> tuple[KeyPath, KeyPa
     if not equals or not all(path):
         raise ConfigError(f"override '{override}': write key=value, e.g. train.steps=100")
     value, _ = _compose(text, f"override '{override}'") if text.strip() else (None, {})
+    if path[0] == "objective" and len(path) > 1 and data.get("objective") is None:
+        data["objective"] = Config.model_fields["objective"].default.name  # an option of the default objective
     at: Any = data
     expanded: KeyPath | None = None
     for depth, part in enumerate(path[:-1]):

@@ -93,14 +93,10 @@ class Engine:
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
         settings = deepspeed_config(config)
         torch.manual_seed(config.seed)  # the same initial weights on every rank
-        partitioned = (
-            deepspeed.zero.Init(config_dict_or_path=settings)
-            if config.train.zero_stage == 3
-            else contextlib.nullcontext()
-        )
         with _new_groups_with_timeout(timedelta(seconds=config.ray.collective_timeout_seconds)):
-            with partitioned:
-                module = TrainingModule(config)
+            # Built whole and in fp32 at every stage, so that stages begin with the same weights; ZeRO-3 partitions it
+            # in initialize. (zero.Init would draw bf16 weights from another random stream, and round the buffers.)
+            module = TrainingModule(config)
             optimizer = make_optimizer(module, config)
             self._peak_learning_rates = [group["peak_lr"] for group in optimizer.param_groups]
             self.deepspeed, *_ = deepspeed.initialize(model=module.to(device), optimizer=optimizer, config=settings)

@@ -117,4 +117,7 @@ def differences(old: Config, new: Config) -> list[str]:
     before = flatten(old.model_dump(mode="json", exclude=exclude), "")
     after = flatten(new.model_dump(mode="json", exclude=exclude), "")
     keys = dict.fromkeys([*before, *after])
-    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+    changed = [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+    if sorted(old.modalities) == sorted(new.modalities) and list(old.modalities) != list(new.modalities):
+        changed.append(f"order of modalities: {', '.join(old.modalities)} -> {', '.join(new.modalities)}")
+    return changed

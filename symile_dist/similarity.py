@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import reduce
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def elementwise_product(tensors: Sequence[Tensor]) -> Tensor:
@@ -19,14 +19,16 @@ def multilinear_inner_product(representations: Sequence[Tensor]) -> Tensor:
     return elementwise_product(representations).sum(dim=-1)
 
 
-class MIPSimilarity(nn.Module):
+class MIPSimilarity:
     """Scores of candidates of one modality for queries made of all the others.
+
+    Not a torch module: ZeRO-3 hooks every module of a model, and expects all ranks to call them in the same order.
 
     The score is the MIP of the query's representations and the candidate (Symile, arXiv 2411.01053, section 3). The
     query stands for whatever number of modalities is at hand: one gives the inner product of two vectors.
     """
 
-    def forward(self, candidates: Tensor, queries: Sequence[Tensor]) -> Tensor:
+    def __call__(self, candidates: Tensor, queries: Sequence[Tensor]) -> Tensor:
         """(K, D) candidates and one or more (Q, D) query representations -> (Q, K) scores.
 
         Raises ValueError without queries or with unequal shapes.
@@ -37,10 +39,10 @@ class MIPSimilarity(nn.Module):
         return elementwise_product(list(queries)) @ candidates.T
 
 
-class SumSimilarity(nn.Module):
+class SumSimilarity:
     """Scores of candidates by the sum of pairwise inner products: zero-shot scoring for pairwise objectives (CLIP)."""
 
-    def forward(self, candidates: Tensor, queries: Sequence[Tensor]) -> Tensor:
+    def __call__(self, candidates: Tensor, queries: Sequence[Tensor]) -> Tensor:
         """(K, D) candidates and one or more (Q, D) query representations -> (Q, K) scores."""
         check_same_shape(list(queries))
         return sum(queries[1:], start=queries[0]) @ candidates.T

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+CHARACTER_VOCABULARY = 4096
+"""Number of ids of text given character by character, from `data.transforms` to `encoders.text`; 0 is padding."""
+
 
 class Padded(NamedTuple):
     """Sequences of unequal length, padded with zeros at the end.

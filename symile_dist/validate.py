@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from symile_dist.config import Config
 from symile_dist.data.loader import Loader, open_validation
-from symile_dist.distributed import all_gather, broadcast_object, gather_objects, rank
+from symile_dist.distributed import all_gather, gather_objects, rank
 from symile_dist.engine import Engine
 from symile_dist.evaluation.retrieval import Similarity, class_numbers, directions, retrieval_accuracy
 from symile_dist.model import TrainingModule
@@ -106,13 +106,14 @@ class Validator:
             try:
                 batches = Loader(self.dataset, self.config.data, 0, self.steps)
                 held_out = held_out_pass(self.engine.module, self.engine.forward, batches)
+                values = {"loss": held_out.loss}
+                values |= bound_values(self.engine.module.objective, held_out, self.config.train.global_batch_size)
+                similarity = similarity_of(self.engine.module.objective)
+                # By every rank: where the similarity is a module, ZeRO-3 has hooks on it and expects all to call it.
+                values |= accuracies(similarity, held_out, self.modalities)
             finally:
                 self.engine.train(True)
-        values = {"loss": held_out.loss}
-        values |= bound_values(self.engine.module.objective, held_out, self.config.train.global_batch_size)
-        if rank() == 0:
-            values |= accuracies(similarity_of(self.engine.module.objective), held_out, self.modalities)
-        return broadcast_object(values)
+        return values
 
 
 def accuracies(similarity: Similarity, held_out: HeldOut, modalities: list[str]) -> dict[str, float]:

@@ -92,6 +92,8 @@ def _strict_members(shard: Path) -> Iterator[tuple[tarfile.TarInfo, int, bytes]]
         try:
             with tarfile.open(fileobj=raw, mode="r:") as archive:
                 for header in archive:
+                    if header.issparse():
+                        raise ShardError(f"{shard}: '{header.name}' is sparse: write the shard again, without tar -S")
                     if header.isfile():
                         end = header.offset_data + header.size
                         if end > size:

@@ -104,7 +104,13 @@ class Population:
 
     def _shard(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
         if shard not in self._open:
-            index = read_index(self.manifest.directory / self.manifest.shards[shard].name)
+            entry = self.manifest.shards[shard]
+            index = read_index(self.manifest.directory / entry.name)
+            if len(index) != entry.samples:
+                raise ShardError(
+                    f"{self.manifest.directory / entry.name}: its index has {len(index)} samples, the manifest says "
+                    f"{entry.samples}; make them with: symile-dist shards index {self.manifest.directory} --force"
+                )
             missing = [member for member in self._wanted if member not in index.members]
             columns = [index.members.index(member) for member in self._wanted if member in index.members]
             complete = (index.sizes[:, columns] != ABSENT).all(axis=1)
@@ -251,6 +257,9 @@ class Loader:
             # A forked child inherits locks of threads that do not exist in it (gloo, Ray): begin afresh.
             multiprocessing_context="forkserver" if processes else None,
             pin_memory=torch.cuda.is_available(),
+            # Without one of its own it draws from torch's global generator, once per start: a resumed run's dropout
+            # would differ from the undisturbed run's.
+            generator=torch.Generator(),
         )
 
     def __iter__(self) -> Iterator[Batch]:

@@ -132,9 +132,9 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise ShardError(f"{path}: damaged manifest ({error}); {remedy} --force") from None
     listed = {shard.name for shard in manifest.shards}
     for shard in manifest.shards:
-        file = folder / shard.name
-        if "/" in shard.name or shard.name in ("", ".", ".."):
+        if not isinstance(shard.name, str) or "/" in shard.name or shard.name in ("", ".", ".."):
             raise ShardError(f"{path}: shard name {shard.name!r} leaves the folder")
+        file = folder / shard.name
         if not file.exists():
             raise ShardError(f"{file}: the shard is in the manifest but not in the folder; {remedy}")
         if file.stat().st_size != shard.bytes:

@@ -15,15 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from symile_dist.data.decode import Waveform
-
-CHARACTER_VOCABULARY = 4096
-"""Ids of `CharacterTransform`; 0 is padding."""
+from symile_dist.types import CHARACTER_VOCABULARY
 
 _DIRECT = 0x0E80
 """Code points below this (Latin to Thai: every alphabet and Indic script of common use) have an id of their own."""
 _HASHED = 373
-"""Ids that all other code points share, by their remainder. So large that any run of as many code points (kana, for one)
-is free of collisions, and that the digits of Chinese, Japanese and Korean are."""
+"""Ids that all other code points share, by their remainder. So large that any run of as many code points (kana, for
+one) is free of collisions, and that the digits of Chinese, Japanese and Korean are."""
+assert 1 + _DIRECT + _HASHED <= CHARACTER_VOCABULARY
 
 
 class ImageTransform:

@@ -24,7 +24,7 @@ class MLP(nn.Module):
         self.input_dim = input_dim
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """(n, ...) with `input_dim` numbers per sample, flattened -> (n, embedding_dim). Raises TypeError for `Padded`."""
+        """(n, ...), flattened to (n, input_dim) -> (n, embedding_dim). Raises TypeError for `Padded`."""
         if isinstance(inputs, Padded):
             raise TypeError("MLP takes feature vectors of one size (a tensor), not sequences of unequal length")
         return self.layers(inputs.flatten(1))

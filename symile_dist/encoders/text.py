@@ -6,16 +6,15 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from symile_dist.data.transforms import CHARACTER_VOCABULARY
 from symile_dist.encoders.masked import MaskedConv, MaskedPool, length_mask
-from symile_dist.types import Inputs, Padded
+from symile_dist.types import CHARACTER_VOCABULARY, Inputs, Padded
 
 
 class TextConvNet(nn.Module):
     """Character embedding -> dilated convolutions -> masked pooling -> linear.
 
-    A position sees 1 + (kernel - 1) * sum(dilations) characters: with the defaults 31, enough for a two-word name in any
-    script, so that one position can bind the script, the first and the second word.
+    A position sees 1 + (kernel - 1) * sum(dilations) characters: with the defaults 31, enough for a two-word name in
+    any script, so that one position can bind the script, the first and the second word.
     """
 
     def __init__(

@@ -1,0 +1,37 @@
+"""What many tests share."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from symile_dist.config import Config, parse_config
+from symile_dist.data.manifest import index_directory
+from tests.shards import config_text, write_shards
+
+# The loader's processes are forked from a server; with torch in it they start in a tenth of a second each.
+multiprocessing.set_forkserver_preload(["torch", "symile_dist.data.loader"])
+
+SHARD_SIZES = (7, 5, 9, 6, 10)
+"""Of the `shards` fixture: 37 samples, so that no batch size divides them."""
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of indexed shards of modalities a, b, c. Read only: a test that damages shards writes its own."""
+    directory = write_shards(tmp_path_factory.mktemp("shards") / "train", SHARD_SIZES)
+    index_directory(directory)
+    return directory
+
+
+@pytest.fixture
+def make_config() -> Callable[..., Config]:
+    """make_config(folder of shards, *overrides) -> Config."""
+
+    def make(train: Path, *overrides: str, modalities: tuple[str, ...] = ("a", "b", "c")) -> Config:
+        return parse_config(config_text(train, modalities), "test.yaml", overrides).config
+
+    return make

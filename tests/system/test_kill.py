@@ -1,0 +1,71 @@
+"""kill -9 of a worker costs time, never results."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import MakeConfig
+from tests.system.runs import history, losses, state_digests, train
+
+OVERRIDES = ["train.steps=40", "checkpoint.every=8", "train.zero_stage=2", "data.loader_processes=1"]
+
+
+def _wait_for_step(process: subprocess.Popen[bytes], history_file: Path, step: int) -> None:
+    """Until the history holds a training record of at least this step; fails when the run ends before."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before the kill"
+        if history_file.exists():
+            records = [json.loads(line) for line in history_file.read_bytes().split(b"\n")[:-1]]
+            if any(record["kind"] == "train" and record["step"] >= step for record in records):
+                return
+        time.sleep(0.01)  # polling a file, not synchronisation: the condition above decides
+    pytest.fail(f"step {step} was not reached within 120 s")
+
+
+def test_a_worker_killed_in_mid_run_ends_with_the_weights_of_the_undisturbed_run(
+    make_config: MakeConfig, config_file: Path, tmp_path: Path, shared_ray: None
+) -> None:
+    undisturbed = make_config(*OVERRIDES, name="undisturbed")
+    train(undisturbed)
+
+    killed = make_config(*OVERRIDES, name="killed")
+    command = [sys.executable, "-m", "symile_dist.cli", "train", str(config_file), "--json", *OVERRIDES]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [*command, "run.name=killed", f"run.directory={killed.run_directory}"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        _wait_for_step(process, killed.run_directory / "history.jsonl", 11)
+        ranks = json.loads((killed.run_directory / "ranks.json").read_text())
+        # Each rank serves its metrics while it trains.
+        for rank in ranks:
+            with urllib.request.urlopen(rank["metrics_url"], timeout=10) as answer:
+                text = answer.read().decode()
+            assert "symile_train_steps_total" in text and "symile_train_phase_seconds_total" in text
+        os.kill(next(rank["pid"] for rank in ranks if rank["rank"] == 1), signal.SIGKILL)
+        output, errors = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors.decode()[-3000:]
+    result = json.loads(output[output.index(b"{") :])
+    assert result["restarts"] == 1
+    (resumed,) = history(killed, "event")
+    assert resumed["step"] in (8, 16, 24, 32), f"did not go on from a checkpoint: {resumed}"
+    assert losses(killed) == losses(undisturbed)
+    assert state_digests(killed, 40) == state_digests(undisturbed, 40)
+    # Nothing of the embedded Ray outlives the command.
+    for rank in json.loads((killed.run_directory / "ranks.json").read_text()):
+        assert not Path(f"/proc/{rank['pid']}").exists(), "a worker outlived its run"
