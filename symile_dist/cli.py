@@ -20,6 +20,8 @@ def _print_json(content: Any) -> None:
 
 
 def _train_until_done(config: Any, options: argparse.Namespace, resume: bool) -> int:
+    from rich.console import Console
+
     from symile_dist import run_directory
     from symile_dist.driver import run
     from symile_dist.preflight import preflight
@@ -27,7 +29,8 @@ def _train_until_done(config: Any, options: argparse.Namespace, resume: bool) ->
     config = config.with_absolute_paths()
     preflight(config)
     run_directory.prepare(config, fresh=getattr(options, "fresh", False), resume=resume)
-    result = run(config, plain=options.plain or None)
+    # With --json standard output is the result's alone.
+    result = run(config, plain=options.plain or None, console=Console(stderr=True) if options.json else None)
     if options.json:
         _print_json({**result, "run": str(config.run_directory)})
     else:
@@ -284,7 +287,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Exit codes: 0 done, 1 failed, 2 a user's mistake, 130 interrupted."""
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes `train CONFIG --plain key=value` for an error: overrides may stand anywhere.
+    overrides = [argument for argument in rest if "=" in argument and not argument.startswith("-")]
+    if len(overrides) < len(rest) or (overrides and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if overrides:
+        options.overrides = [*options.overrides, *overrides]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         return int(options.run_command(options))

@@ -8,6 +8,8 @@ import threading
 import time
 from typing import Any
 
+from rich.console import Console
+
 from symile_dist.checkpoint.manifest import CHECKPOINTS, complete_checkpoints
 from symile_dist.config import Config
 from symile_dist.errors import RunFailed
@@ -19,11 +21,9 @@ logger = logging.getLogger(__name__)
 RAY_ENVIRONMENT = {
     # Lost workers are seen, and the group restarted, in a second rather than in ten.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_AUTH_MODE": "disabled",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
-    "DS_ACCELERATOR": "",
 }
 
 
@@ -103,8 +103,7 @@ def start_ray(config: Config) -> None:
     Raises ValueError when the cluster cannot hold the run: Ray itself would wait for ever.
     """
     for name, value in RAY_ENVIRONMENT.items():
-        if value:
-            os.environ.setdefault(name, value)
+        os.environ.setdefault(name, value)
     import ray
 
     need_cpus = config.ray.cpus_per_worker * config.world_size
@@ -119,6 +118,8 @@ def start_ray(config: Config) -> None:
                 raise ValueError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None
         else:
             # On one machine CPUs are only counted, not enforced: more ranks than cores is slow, not wrong.
+            # It listens on loopback alone, so it needs no token; a cluster's own setting is left as it is.
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
             cpus = max(os.cpu_count() or 1, -(-int(need_cpus * 100) // 100) + 1)
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     there = ray.cluster_resources()
@@ -130,8 +131,10 @@ def start_ray(config: Config) -> None:
             )
 
 
-def run(config: Config, plain: bool | None = None) -> dict[str, Any]:
+def run(config: Config, plain: bool | None = None, console: Console | None = None) -> dict[str, Any]:
     """Trains, with restarts, until the last step. Call `preflight` and `run_directory.prepare` first.
+
+    `console` is where the live view is drawn (standard output when left out), `plain` asks for lines in its place.
 
     Returns {"status": "finished", "step": ..., "restarts": ..., "seconds": ...}.
     Raises ValueError for a user's mistake that only a worker could see, RunFailed when the run cannot go on.
@@ -169,7 +172,7 @@ def run(config: Config, plain: bool | None = None) -> dict[str, Any]:
         ),
     )
     update_run(directory, status="running", pid=os.getpid())
-    view = TerminalView(config.run.name, config.train.steps, plain=plain)
+    view = TerminalView(config.run.name, config.train.steps, console=console, plain=plain)
     view.start()
     failure: BaseException | None = None
     watcher = _Watcher(board, view, config)

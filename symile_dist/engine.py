@@ -165,8 +165,8 @@ class Engine:
 
         The master copies that ZeRO keeps follow.
         """
-        from deepspeed.utils import safe_set_full_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param
 
         copied = []
         for name, parameter in self.module.named_parameters():

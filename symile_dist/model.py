@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from symile_dist.config import Config
-from symile_dist.registry import ENCODERS, OBJECTIVES, build
+from symile_dist.registry import ENCODERS, OBJECTIVES, build, resolve
 from symile_dist.types import Batch, Inputs, Outputs, StepReport
 
 
@@ -53,14 +55,31 @@ class MultimodalModel(nn.Module):
         return Outputs(representations, self.logit_scale.exp().squeeze(0))
 
 
+def make_objective(config: Config) -> nn.Module:
+    """The config's objective. Its constructor may take `seed`, `embedding_dim` and `modalities` (names, in order)
+    beside its own options; it gets those that it names.
+
+    Raises ValueError for an objective or option that does not exist.
+    """
+    name, options = config.objective.name, config.objective.options
+    offered = {
+        "seed": config.seed,
+        "embedding_dim": config.model.embedding_dim,
+        "modalities": list(config.modalities),
+    }
+    taken = inspect.signature(resolve(name, OBJECTIVES, "objective")).parameters
+    given = {key: value for key, value in offered.items() if key in taken and key not in options}
+    objective: nn.Module = build(name, options, OBJECTIVES, "objective", **given)
+    return objective
+
+
 class TrainingModule(nn.Module):
     """Model and objective as one module, so that both their parameters pass through engine and checkpoint."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.model = MultimodalModel(config)
-        objective = config.objective
-        self.objective: nn.Module = build(objective.name, objective.options, OBJECTIVES, "objective", seed=config.seed)
+        self.objective = make_objective(config)
         for name, parameter in self.named_parameters():
             if len(getattr(parameter, "ds_shape", parameter.shape)) == 0:
                 raise ValueError(

@@ -13,7 +13,8 @@ from symile_dist.checkpoint.manifest import CHECKPOINTS, complete_checkpoints
 from symile_dist.config import Config
 from symile_dist.data.loader import Population
 from symile_dist.data.manifest import read_manifest
-from symile_dist.registry import DECODERS, ENCODERS, OBJECTIVES, TRANSFORMS, build, check_options, resolve, suggestion
+from symile_dist.model import make_objective
+from symile_dist.registry import DECODERS, ENCODERS, TRANSFORMS, build, check_options, resolve, suggestion
 
 
 def _checks(config: Config) -> list[Callable[[], Any]]:
@@ -31,8 +32,7 @@ def _checks(config: Config) -> list[Callable[[], Any]]:
         build(spec.name, spec.options, TRANSFORMS, "transform")
 
     def objective() -> None:
-        spec = config.objective
-        build(spec.name, spec.options, OBJECTIVES, "objective", seed=config.seed)
+        make_objective(config)
 
     def data(directory: str, train: bool) -> None:
         population = Population(read_manifest(directory), config)

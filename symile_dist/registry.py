@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -47,9 +48,12 @@ def unknown_name(name: str, registry: Mapping[str, str], kind: str) -> str | Non
     """What is wrong with a name, or None. Imports nothing, so a config is checked in milliseconds."""
     if ":" in name:
         module, _, attribute = name.partition(":")
-        if all(part.isidentifier() for part in module.split(".")) and attribute.isidentifier():
-            return None
-        return f"'{name}' is not of the form package.module:Name"
+        if not all(part.isidentifier() for part in module.split(".")) or not attribute.isidentifier():
+            return f"'{name}' is not of the form package.module:Name"
+        package = module.partition(".")[0]
+        if importlib.util.find_spec(package) is None:  # looks for it without importing it
+            return f"{kind} '{name}': no package '{package}' is found; install it or put its folder on PYTHONPATH"
+        return None
     if name in registry:
         return None
     return f"unknown {kind} '{name}'{suggestion(name, registry)}, or package.module:Name for one of your own"

@@ -60,7 +60,7 @@ def test_a_worker_killed_in_mid_run_ends_with_the_weights_of_the_undisturbed_run
     finally:
         process.kill()
     assert process.returncode == 0, errors.decode()[-3000:]
-    result = json.loads(output[output.index(b"{") :])
+    result = json.loads(output)
     assert result["restarts"] == 1
     (resumed,) = history(killed, "event")
     assert resumed["step"] in (8, 16, 24, 32), f"did not go on from a checkpoint: {resumed}"
