@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +10,6 @@ import pytest
 from symile_dist.config import Config, parse_config
 from symile_dist.data.manifest import index_directory
 from tests.shards import config_text, write_shards
-
-# The loader's processes are forked from a server; with torch in it they start in a tenth of a second each.
-multiprocessing.set_forkserver_preload(["torch", "symile_dist.data.loader"])
 
 SHARD_SIZES = (7, 5, 9, 6, 10)
 """Of the `shards` fixture: 37 samples, so that no batch size divides them."""

@@ -94,6 +94,16 @@ def test_config_commands(config: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert json.loads(capsys.readouterr().out)["type"] == "object"
 
 
+def test_overrides_may_stand_anywhere(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "explain", str(config), "--json", "seed=3", "train.steps=9"]) == 0
+    explained = json.loads(capsys.readouterr().out)
+    assert (explained["seed"], explained["train"]["steps"]) == (3, 9)
+    for words in (["config", "validate", str(config), "--jsn"], ["evaluate", "run", "--resamples=3", "seed=3"]):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
 def test_shards_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_shards(tmp_path / "train", [3, 4])
     assert main(["shards", "index", str(folder)]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -37,7 +38,8 @@ def test_names_of_ones_own() -> None:
         ("zzz", ["unknown encoder 'zzz'", "known: audio_convnet, image_convnet, mlp, text_convnet"]),
         ("my module:Name", ["not of the form package.module:Name"]),
         ("os:", ["not of the form package.module:Name"]),
-        ("no_such_package_here:Thing", ["cannot import no_such_package_here", "PYTHONPATH"]),
+        ("no_such_package_here:Thing", ["no package 'no_such_package_here' is found", "PYTHONPATH"]),
+        ("collections.nothing:Thing", ["cannot import collections.nothing"]),
         ("collections:NoSuchThing", ["collections has no 'NoSuchThing'"]),
     ],
 )
@@ -48,8 +50,10 @@ def test_a_wrong_name_is_told_with_its_remedy(name: str, words: list[str]) -> No
         assert word in str(caught.value)
 
 
-def test_unknown_name_imports_nothing() -> None:
-    assert unknown_name("no_such_package_here:Thing", ENCODERS, "encoder") is None
+def test_unknown_name_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_users_own.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert unknown_name("a_users_own:Thing", ENCODERS, "encoder") is None
 
 
 @pytest.mark.parametrize(
