@@ -22,24 +22,28 @@ def _print_json(content: Any) -> None:
 def _train_until_done(config: Any, options: argparse.Namespace, resume: bool) -> int:
     from rich.console import Console
 
-    from symile_dist import run_directory
-    from symile_dist.driver import run
-    from symile_dist.preflight import preflight
+    from symile_dist.driver import launch
 
     config = config.with_absolute_paths()
-    preflight(config)
-    run_directory.prepare(config, fresh=getattr(options, "fresh", False), resume=resume)
     # With --json standard output is the result's alone.
-    result = run(config, plain=options.plain or None, console=Console(stderr=True) if options.json else None)
+    console = Console(stderr=True) if options.json else None
+    fresh = getattr(options, "fresh", False)
+    result = launch(config, fresh, resume, plain=options.plain or None, console=console)
     if options.json:
         _print_json({**result, "run": str(config.run_directory)})
-    else:
-        print(
-            f"finished: step {result['step']} in {result['seconds']:.0f} s, {result['restarts']} restarts\n"
-            f"  the run      {config.run_directory}\n"
-            f"  evaluate it  symile-dist evaluate {config.run_directory}\n"
-            f"  its curves   tensorboard --logdir {config.run_directory / 'tensorboard'}"
+        return EXIT_OK
+    best = ""
+    if result.get("best_step") is not None:
+        best = (
+            f"  best         step {result['best_step']}: {config.validation.best_metric} {result['best_value']:.4f}\n"
         )
+    print(
+        f"finished: step {result['step']} in {result['seconds']:.0f} s, {result['restarts']} restarts\n"
+        f"  the run      {config.run_directory}\n"
+        f"{best}"
+        f"  evaluate it  symile-dist evaluate {config.run_directory}\n"
+        f"  its curves   tensorboard --logdir {config.run_directory / 'tensorboard'}"
+    )
     return EXIT_OK
 
 
@@ -112,7 +116,7 @@ def _shards_demo(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(summary)
     else:
-        print(f"{options.out}: " + ", ".join(f"{key} {value}" for key, value in summary.items()))
+        print(summary["message"])
     return EXIT_OK
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from typing import Any
 
 from rich.console import Console
 
-from symile_dist.checkpoint.manifest import CHECKPOINTS, complete_checkpoints
+from symile_dist import run_directory
+from symile_dist.checkpoint.manifest import CHECKPOINTS, complete_checkpoints, read_manifest
 from symile_dist.config import Config
 from symile_dist.errors import RunFailed
+from symile_dist.preflight import preflight
 from symile_dist.run_directory import update_run, write_ranks
 from symile_dist.view.terminal import TerminalView
 
@@ -112,6 +115,7 @@ def start_ray(config: Config) -> None:
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         if address:
+            _check_cluster_answers(address)
             try:
                 ray.init(address=address, **quiet)
             except ConnectionError as error:
@@ -131,19 +135,51 @@ def start_ray(config: Config) -> None:
             )
 
 
+def _check_cluster_answers(address: str) -> None:
+    """Raises ValueError when nothing listens at the cluster's address: Ray itself would take minutes to say so."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return  # `auto` and the like
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise ValueError(
+            f"RAY_ADDRESS={address}: nothing answers there ({error.strerror or error}); start the cluster (ray start "
+            "--head), correct the address, or unset RAY_ADDRESS to train on this machine"
+        ) from None
+
+
+def launch(
+    config: Config,
+    fresh: bool = False,
+    resume: bool = False,
+    plain: bool | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """What `symile-dist train` does: checks everything, then makes the run directory, then trains.
+
+    Arguments as in `run_directory.check` and `run`. Returns and raises what `run` does; after a ValueError nothing has
+    been written.
+    """
+    preflight(config, fresh)
+    run_directory.check(config, fresh, resume)
+    done = [] if fresh else complete_checkpoints(config.run_directory / CHECKPOINTS)
+    if done and done[-1][0] >= config.train.steps:
+        state = read_manifest(done[-1][1]).train_state
+        return {"status": "finished", "message": "", **state, "restarts": 0, "seconds": 0.0}
+    start_ray(config)
+    run_directory.prepare(config, fresh, resume)
+    return run(config, plain, console)
+
+
 def run(config: Config, plain: bool | None = None, console: Console | None = None) -> dict[str, Any]:
-    """Trains, with restarts, until the last step. Call `preflight` and `run_directory.prepare` first.
+    """Trains, with restarts, until the last step, in a directory that is prepared and on a Ray that is started.
 
     `console` is where the live view is drawn (standard output when left out), `plain` asks for lines in its place.
 
-    Returns {"status": "finished", "step": ..., "restarts": ..., "seconds": ...}.
+    Returns {"status": "finished", "restarts": ..., "seconds": ...} and what `TrainState` holds at the end.
     Raises ValueError for a user's mistake that only a worker could see, RunFailed when the run cannot go on.
     """
-    done = complete_checkpoints(config.run_directory / CHECKPOINTS)
-    if done and done[-1][0] >= config.train.steps:
-        update_run(config.run_directory, status="finished", message="")
-        return {"status": "finished", "step": done[-1][0], "restarts": 0, "seconds": 0.0}
-    start_ray(config)
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -193,7 +229,7 @@ def run(config: Config, plain: bool | None = None, console: Console | None = Non
         message = f"the workers failed {watcher.restarts + 1} times: {_cause(failure)}; see {directory / 'logs'}"
         update_run(directory, status="failed", message=message)
         raise RunFailed(message)
-    update_run(directory, status=outcome["status"], message=outcome["message"])
+    update_run(directory, **outcome)
     if outcome["status"] == "refused":
         raise ValueError(outcome["message"])
     if outcome["status"] != "finished":

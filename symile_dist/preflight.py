@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from symile_dist.checkpoint.manifest import CHECKPOINTS, complete_checkpoints
+from symile_dist.checkpoint.manifest import CHECKPOINTS, check_fits, complete_checkpoints
+from symile_dist.checkpoint.manifest import read_manifest as read_checkpoint
 from symile_dist.config import Config
-from symile_dist.data.loader import Population
+from symile_dist.data.loader import Population, open_training
 from symile_dist.data.manifest import read_manifest
 from symile_dist.model import make_objective
 from symile_dist.registry import DECODERS, ENCODERS, TRANSFORMS, build, check_options, resolve, suggestion
@@ -62,10 +63,20 @@ def _checks(config: Config) -> list[Callable[[], Any]]:
     return checks
 
 
-def preflight(config: Config) -> None:
-    """Raises ValueError with one line per problem."""
+def _check_continues(config: Config) -> None:
+    """Raises ValueError when the run's newest checkpoint is not of this run's shape, data or order."""
+    complete = complete_checkpoints(config.run_directory / CHECKPOINTS)
+    if not complete:
+        return
+    manifest = read_checkpoint(complete[-1][1])
+    check_fits(manifest, config.world_size, config.train.zero_stage, config.train.precision)
+    open_training(config, rank=0, start_step=manifest.step).check_state(manifest.loader_state)
+
+
+def preflight(config: Config, fresh: bool = False) -> None:
+    """Raises ValueError with one line per problem. `fresh`: what the run directory holds does not matter."""
     problems: list[str] = []
-    for check in _checks(config):
+    for check in _checks(config) + ([] if fresh else [lambda: _check_continues(config)]):
         try:
             check()
         except ValueError as error:

@@ -33,41 +33,56 @@ def load_run(directory: str | Path, overrides: list[str] | None = None) -> Confi
     return load_config(path / CONFIG_FILE, [*(overrides or []), f"run.directory={path}"]).config
 
 
+def check(config: Config, fresh: bool, resume: bool) -> None:
+    """Raises ValueError when the run cannot have its directory; writes nothing.
+
+    It cannot when the directory holds something else, or a run of another config, unless `resume` (the new config takes
+    over and the change is kept in the lineage) or `fresh` (the old run is moved aside, not deleted).
+    """
+    directory = config.run_directory
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory}: is a file, not a folder; choose another run.directory")
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    if not (directory / CONFIG_FILE).exists():
+        raise ValueError(f"{directory}: is not empty and not a run directory; choose another run.directory")
+    if fresh or resume:
+        return
+    old = load_run(directory)
+    if old.digest() != config.digest():
+        raise ValueError(
+            f"{directory}: holds a run of another config ({'; '.join(differences(old, config)[:5])}). To go on with "
+            f"it: symile-dist resume {directory} [key=value ...]. To begin anew: another run.name, or --fresh, which "
+            "moves the old run aside"
+        )
+
+
+def _move_aside(directory: Path) -> None:
+    aside = directory.with_name(f"{directory.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = directory.with_name(f"{directory.name}.before-{time.strftime('%Y%m%d-%H%M%S')}-{number}")
+    os.rename(directory, aside)
+
+
 def prepare(config: Config, fresh: bool, resume: bool) -> bool:
     """Makes the run directory ready; returns True when an earlier attempt is continued.
 
-    Raises ValueError when the directory holds a run of another config, unless `resume` (the new config takes over and
-    the old one is kept in the lineage) or `fresh` (the old directory is moved aside, not deleted).
+    Raises ValueError as `check` does, or when the directory cannot be written.
     """
+    check(config, fresh, resume)
     directory = config.run_directory
-    existing = directory / CONFIG_FILE
     lineage: list[dict[str, Any]] = []
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory}: is a file, not a folder; choose another run.directory")
-    if fresh and directory.exists() and any(directory.iterdir()):
-        aside = directory.with_name(f"{directory.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
-        number = 1
-        while aside.exists():
-            number += 1
-            aside = aside.with_name(f"{aside.name}-{number}")
-        os.rename(directory, aside)
-    continued = existing.exists()
-    if continued:
-        old = load_run(directory)
-        run = read_run(directory)
-        lineage = run.get("lineage", [])
-        if old.digest() != config.digest():
-            if not resume:
-                raise ValueError(
-                    f"{directory}: holds a run of another config ({'; '.join(differences(old, config)[:5])}). To go "
-                    f"on with it: symile-dist resume {directory} [key=value ...]. To begin anew: another run.name, or "
-                    "--fresh, which moves the old run aside"
-                )
-            if checkpoint_folders(directory / CHECKPOINTS):
-                lineage = [*lineage, {"changed": differences(old, config), "time": time.time()}]
-    elif directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"{directory}: is not empty and not a run directory; choose another run.directory")
     try:
+        if fresh and (directory / CONFIG_FILE).exists():
+            _move_aside(directory)
+        continued = (directory / CONFIG_FILE).exists()
+        if continued:
+            lineage = read_run(directory).get("lineage", [])
+            changed = differences(load_run(directory), config)
+            if changed and checkpoint_folders(directory / CHECKPOINTS):
+                lineage = [*lineage, {"changed": changed, "time": time.time()}]
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / CONFIG_FILE, config.to_yaml())
         update_run(

@@ -6,6 +6,7 @@ import faulthandler
 import logging
 import os
 import socket
+from dataclasses import asdict
 from typing import Any
 
 import ray.train
@@ -53,7 +54,7 @@ def run_worker(settings: dict[str, Any]) -> None:
         raise
     else:
         if rank == 0:
-            ray.get(board.finish.remote("finished", "", step=state.step))
+            ray.get(board.finish.remote("finished", "", **asdict(state)))
     finally:
         recorder.close()
 

@@ -14,12 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 import symile_dist.configs
-from symile_dist import run_directory
 from symile_dist.config import Config, load_config
 from symile_dist.data.demo import make_demo
-from symile_dist.driver import run, start_ray
+from symile_dist.driver import launch
 from symile_dist.metrics.history import read_history
-from symile_dist.preflight import preflight
 from symile_dist.storage import write_json, write_text
 from symile_dist.tools.evaluate import evaluate_run
 from symile_dist.tools.progress import progress_bar
@@ -56,10 +54,7 @@ def run_demo(out: Path, data: Path, languages: int = 5, plain: bool | None = Non
     for number, (objective, title) in enumerate(OBJECTIVES.items(), start=2):
         console.print(f"[bold]{number}/4[/bold] training with {title}")
         config = demo_config(out, data, objective, quick)
-        preflight(config)
-        start_ray(config)
-        run_directory.prepare(config, fresh=False, resume=False)
-        trained = run(config, plain=plain)
+        trained = launch(config, plain=plain)
         evaluated = evaluate_run(config.run_directory)
         results["runs"][objective] = {
             "title": title,

@@ -18,6 +18,7 @@ from symile_dist.checkpoint.manifest import (
     CheckpointError,
     FileEntry,
     Manifest,
+    check_fits,
     checkpoint_folders,
     complete_checkpoints,
     folder_name,
@@ -151,16 +152,7 @@ class CheckpointManager:
         Raises CheckpointError when it was saved at another world size, ZeRO stage or precision.
         """
         train = self.config.train
-        for what, saved, now in (
-            ("ray.num_workers", manifest.world_size, world_size()),
-            ("train.zero_stage", manifest.zero_stage, train.zero_stage),
-            ("train.precision", manifest.precision, train.precision),
-        ):
-            if saved != now:
-                raise CheckpointError(
-                    f"checkpoint {folder_name(manifest.step)} was saved with {what} = {saved}, this run has {now}; "
-                    f"resume with {what}={saved}, or begin a new run with run.init_from"
-                )
+        check_fits(manifest, world_size(), train.zero_stage, train.precision)
         name = folder_name(manifest.step)
         engine.load(self.directory, name)
         path = self.directory / name / f"rng-rank-{rank():05d}.pt"

@@ -91,6 +91,20 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def check_fits(manifest: Manifest, world_size: int, zero_stage: int, precision: str) -> None:
+    """Raises CheckpointError unless the checkpoint was saved at this world size, ZeRO stage and precision."""
+    for what, saved, now in (
+        ("ray.num_workers", manifest.world_size, world_size),
+        ("train.zero_stage", manifest.zero_stage, zero_stage),
+        ("train.precision", manifest.precision, precision),
+    ):
+        if saved != now:
+            raise CheckpointError(
+                f"checkpoint {folder_name(manifest.step)} was saved with {what} = {saved}, this run has {now}; "
+                f"resume with {what}={saved}, or begin a new run with run.init_from"
+            )
+
+
 def verify(folder: Path, files: Sequence[FileEntry]) -> list[str]:
     """What is wrong with these files: one line each, naming the file; empty when all agree with the manifest."""
     problems = []

@@ -8,20 +8,16 @@ from typing import Any
 
 import torch
 
-from symile_dist import run_directory
 from symile_dist.checkpoint.manifest import complete_checkpoints
 from symile_dist.checkpoint.reshape import consolidated_weights
 from symile_dist.config import Config
-from symile_dist.driver import run
+from symile_dist.driver import launch
 from symile_dist.metrics.history import read_history
-from symile_dist.preflight import preflight
 
 
 def train(config: Config, fresh: bool = False, resume: bool = False) -> dict[str, Any]:
     """What `symile-dist train` does, in this process."""
-    preflight(config)
-    run_directory.prepare(config, fresh=fresh, resume=resume)
-    return run(config, plain=True)
+    return launch(config, fresh, resume, plain=True)
 
 
 def history(config: Config, kind: str = "train") -> list[dict[str, Any]]:
