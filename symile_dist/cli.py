@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
@@ -28,7 +29,8 @@ def _train_until_done(config: Any, options: argparse.Namespace, resume: bool) ->
     # With --json standard output is the result's alone.
     console = Console(stderr=True) if options.json else None
     fresh = getattr(options, "fresh", False)
-    result = launch(config, fresh, resume, plain=options.plain or None, console=console)
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():  # Ray prints there too
+        result = launch(config, fresh, resume, plain=options.plain or None, console=console)
     if options.json:
         _print_json({**result, "run": str(config.run_directory)})
         return EXIT_OK

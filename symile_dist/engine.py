@@ -80,13 +80,35 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def copy_weights(module: TrainingModule, weights: dict[str, Tensor]) -> list[str]:
+    """Copies weights by name where the shapes agree; returns the names. Raises ValueError when none fits."""
+    copied = []
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name in weights and weights[name].shape == parameter.shape:
+                parameter.copy_(weights[name])
+                copied.append(name)
+    if not copied:
+        raise ValueError(
+            "none of the other run's weights fits this model: no parameter has both its name and its shape"
+        )
+    return copied
+
+
 class Engine:
     """One rank's training engine.
 
     A step is `report = engine.forward(batch, step)`, `engine.backward(report.loss)`, `engine.step(step)`.
     """
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, weights: dict[str, Tensor] | None = None) -> None:
+        """
+        Args:
+            device: this rank's.
+            weights: of another run, by parameter name, to begin with (warm start).
+
+        Raises ValueError for a component that does not exist, or weights none of which fits.
+        """
         self.config, self.device = config, device
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         deepspeed = _import_deepspeed(device)
@@ -97,6 +119,8 @@ class Engine:
             # Built whole and in fp32 at every stage, so that stages begin with the same weights; ZeRO-3 partitions it
             # in initialize. (zero.Init would draw bf16 weights from another random stream, and round the buffers.)
             module = TrainingModule(config)
+            self.warm_started = copy_weights(module, weights) if weights is not None else []
+            """Names of the parameters that began with the other run's weights."""
             optimizer = make_optimizer(module, config)
             self._peak_learning_rates = [group["peak_lr"] for group in optimizer.param_groups]
             self.deepspeed, *_ = deepspeed.initialize(model=module.to(device), optimizer=optimizer, config=settings)
@@ -159,23 +183,3 @@ class Engine:
         """Reads what `save` wrote, at the same world size and ZeRO stage. Verify it first: torch unpickles it."""
         path, _ = self.deepspeed.load_checkpoint(str(directory), tag=tag)
         assert path is not None, f"DeepSpeed found nothing under {directory}/{tag} although its manifest was verified"
-
-    def load_weights(self, state: dict[str, Tensor]) -> list[str]:
-        """Warm start: copies weights by name, where name and shape agree; returns the names that were copied.
-
-        The master copies that ZeRO keeps follow.
-        """
-        from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        copied = []
-        for name, parameter in self.module.named_parameters():
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            if name not in state or tuple(state[name].shape) != shape:
-                continue
-            with GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")), torch.no_grad():
-                parameter.copy_(state[name].to(parameter))
-            if self.config.train.zero_stage > 0 and parameter.requires_grad:
-                safe_set_full_fp32_param(parameter, state[name].to(self.device, torch.float32))
-            copied.append(name)
-        return copied

@@ -106,26 +106,20 @@ def _train(config: Config, rank: int, recorder: Recorder) -> TrainState:
     except (ValueError, OSError) as error:
         problem = str(error)
     raise_together(problem)
-    engine = Engine(config, device)
+    source, weights = None, None
+    if config.run.init_from and not manifest:
+        source = newest_checkpoint(config.run.init_from)[1]
+        weights = consolidated_weights(source)
+    engine = Engine(config, device, weights)
     if manifest:
         checkpoints.load(engine, manifest)
         recorder.event(state.step, f"resumed from step {state.step}")
-    elif config.run.init_from:
-        _warm_start(config, engine, recorder)
+    elif source:
+        total = sum(1 for _ in engine.module.parameters())
+        recorder.event(0, f"warm start: {len(engine.warm_started)} of {total} parameters from {source}")
     validator = Validator(config, engine) if config.data.validation else None
     _log_start(config, engine, manifest)
     return train(config, engine, loader, validator, checkpoints, recorder, state)
-
-
-def _warm_start(config: Config, engine: Engine, recorder: Recorder) -> None:
-    assert config.run.init_from
-    step, folder = newest_checkpoint(config.run.init_from)
-    weights = consolidated_weights(folder)
-    copied = engine.load_weights(weights)
-    if not copied:
-        raise ValueError(f"run.init_from = {config.run.init_from}: none of its weights fits this model")
-    total = sum(1 for _ in engine.module.named_parameters())
-    recorder.event(0, f"warm start: {len(copied)} of {total} parameters from {config.run.init_from}, step {step}")
 
 
 def _log_start(config: Config, engine: Engine, manifest: Manifest | None) -> None:
