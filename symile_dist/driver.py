@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
+import secrets
 import socket
 import threading
 import time
@@ -89,15 +92,21 @@ class _Watcher:
             return
         if seen["joined"] != self._joined:
             self._joined = seen["joined"]
-            write_ranks(self.config.run_directory, seen["ranks"])
-            restarts = (self._joined - 1) // self.config.world_size
-            if restarts > self.restarts:
-                self.restarts = restarts
-                update_run(self.config.run_directory, restarts=restarts)
-                self.view.note(f"a worker was lost: the group is restarted (restart {restarts})", level="warning")
+            try:
+                self._ranks_joined(seen["ranks"])
+            except OSError as error:  # a full disk, say: the run goes on
+                logger.warning("%s: ranks.json is out of date: %s", self.config.run_directory, error)
         for record in seen["records"]:
             self.view.update(record)
         self.outcome = seen["outcome"] or self.outcome
+
+    def _ranks_joined(self, ranks: dict[int, dict[str, Any]]) -> None:
+        restarts = (self._joined - 1) // self.config.world_size
+        if restarts > self.restarts:
+            self.restarts = restarts
+            self.view.note(f"a worker was lost: the group is restarted (restart {restarts})", level="warning")
+        write_ranks(self.config.run_directory, ranks)
+        update_run(self.config.run_directory, restarts=self.restarts)
 
 
 def start_ray(config: Config) -> None:
@@ -122,10 +131,11 @@ def start_ray(config: Config) -> None:
                 raise ValueError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None
         else:
             # On one machine CPUs are only counted, not enforced: more ranks than cores is slow, not wrong.
-            # It listens on loopback alone, so it needs no token; a cluster's own setting is left as it is.
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-            cpus = max(os.cpu_count() or 1, -(-int(need_cpus * 100) // 100) + 1)
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+            cpus = max(os.cpu_count() or 1, math.ceil(need_cpus) + 1)
+            # Whoever reaches Ray's ports can run code, and Ray listens on every interface: a token of this run's own.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            ray.init(address="local", _node_ip_address="127.0.0.1", num_cpus=cpus, include_dashboard=False, **quiet)
     there = ray.cluster_resources()
     for what, need in (("CPU", need_cpus), ("GPU", need_gpus)):
         if there.get(what, 0) < need:
@@ -223,7 +233,8 @@ def run(config: Config, plain: bool | None = None, console: Console | None = Non
                 failure = error
     finally:
         view.stop()
-        ray.kill(board)
+        with contextlib.suppress(Exception):  # a cluster that is gone has no board
+            ray.kill(board)
     outcome = watcher.outcome
     if outcome is None:
         message = f"the workers failed {watcher.restarts + 1} times: {_cause(failure)}; see {directory / 'logs'}"

@@ -70,7 +70,7 @@ def run_demo(out: Path, data: Path, languages: int = 5, plain: bool | None = Non
     write_json(out / "results.json", results)
     write_text(out / "results.md", markdown(results))
     console.print(_table(results))
-    console.print(_where_and_what_next(out, data, figure, time.monotonic() - begin), highlight=False)
+    console.print(_where_and_what_next(out, data, figure, time.monotonic() - begin), highlight=False, soft_wrap=True)
     return 0
 
 
@@ -83,7 +83,7 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
         )
         for row in results["runs"].values()
     ]
-    ceiling = f"the most that pairs of modalities can tell, 1/{results['languages']}"
+    ceiling = f"ceiling of pairs, 1/{results['languages']}"
     return [*rows, (ceiling, f"{results['clip_ceiling']:.3f}", ""), ("chance", f"{results['chance']:.3f}", "")]
 
 
@@ -135,7 +135,8 @@ done in {seconds / 60:.1f} minutes
 where everything lies
   {data}   the shards: plain tar files, with an index and a manifest
   {symile}   the run: config.yaml, checkpoints/, history.jsonl, tensorboard/, logs/, evaluation/
-  {figure}   both learning curves;   {out / "results.md"}   the table
+  {figure}   both learning curves
+  {out / "results.md"}   the table
 
 what to try next
   symile-dist evaluate {symile}                     every direction, with bootstrap
