@@ -105,6 +105,9 @@ class _Watcher:
         if restarts > self.restarts:
             self.restarts = restarts
             self.view.note(f"a worker was lost: the group is restarted (restart {restarts})", level="warning")
+        if self._joined % self.config.world_size == 0:
+            urls = [rank["metrics_url"] for _, rank in sorted(ranks.items()) if rank["metrics_url"]]
+            self.view.update({"kind": "event", "message": f"{len(ranks)} ranks are up", "metrics_urls": urls})
         write_ranks(self.config.run_directory, ranks)
         update_run(self.config.run_directory, restarts=self.restarts)
 
@@ -116,13 +119,18 @@ def start_ray(config: Config) -> None:
     """
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        # Whoever reaches Ray's ports can run code, and Ray listens on every interface: a token of this process's own.
+        # Ray reads both when it is imported. A cluster's own settings are left as they are.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
     need_cpus = config.ray.cpus_per_worker * config.world_size
     need_gpus = config.ray.gpus_per_worker * config.world_size
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS")
         if address:
             _check_cluster_answers(address)
             try:
@@ -132,9 +140,6 @@ def start_ray(config: Config) -> None:
         else:
             # On one machine CPUs are only counted, not enforced: more ranks than cores is slow, not wrong.
             cpus = max(os.cpu_count() or 1, math.ceil(need_cpus) + 1)
-            # Whoever reaches Ray's ports can run code, and Ray listens on every interface: a token of this run's own.
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             ray.init(address="local", _node_ip_address="127.0.0.1", num_cpus=cpus, include_dashboard=False, **quiet)
     there = ray.cluster_resources()
     for what, need in (("CPU", need_cpus), ("GPU", need_gpus)):

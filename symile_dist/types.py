@@ -9,7 +9,8 @@ Shape suffixes used throughout the code:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -67,20 +68,24 @@ class Batch:
     """What went wrong while reading, by kind: counted in the metrics."""
     bytes_read: int = 0
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
-        """Moves the tensors; floating-point inputs are cast to `dtype` where one is given."""
-
-        def move(tensor: Tensor) -> Tensor:
-            cast = dtype if tensor.is_floating_point() else None
-            return tensor.to(device=device, dtype=cast, non_blocking=True)
-
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         inputs: dict[str, Inputs] = {
-            name: Padded(move(value.values), move(value.lengths)) if isinstance(value, Padded) else move(value)
+            name: Padded(function(value.values), function(value.lengths))
+            if isinstance(value, Padded)
+            else function(value)
             for name, value in self.inputs.items()
         }
-        return Batch(
-            inputs, move(self.present), move(self.valid), self.sample_ids, self.labels, self.faults, self.bytes_read
+        return replace(self, inputs=inputs, present=function(self.present), valid=function(self.valid))
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
+        """Moves the tensors; floating-point inputs are cast to `dtype` where one is given."""
+        return self._map(
+            lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
         )
+
+    def pin_memory(self) -> Batch:
+        """What torch's DataLoader calls, so that `to` copies to a GPU while it computes."""
+        return self._map(Tensor.pin_memory)
 
     def __len__(self) -> int:
         return int(self.valid.shape[0])

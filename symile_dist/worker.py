@@ -93,6 +93,8 @@ def _make_recorder(config: Config, rank: int, board: Any) -> Recorder:
 
 def _train(config: Config, rank: int, recorder: Recorder) -> TrainState:
     device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # collectives of plain objects use the current device
     checkpoints = CheckpointManager(config)
     manifest = checkpoints.find()
     state = TrainState.from_manifest(manifest) if manifest else TrainState()

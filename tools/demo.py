@@ -117,9 +117,23 @@ def draw_learning_curves(out: Path, results: dict[str, Any]) -> None:
         accuracy = [r[f"accuracy/{DIRECTION}"] for r in records]
         axes.plot(steps, accuracy, marker="o", markersize=4, color=color, label=row["title"])
     axes.axhline(results["clip_ceiling"], color="#d1622b", linestyle="--", linewidth=1)
-    axes.text(0, results["clip_ceiling"] + 0.015, f"ceiling of pairs, 1/{results['languages']}", fontsize=9)
+    axes.annotate(
+        f"ceiling of pairs, 1/{results['languages']}",
+        (1, results["clip_ceiling"]),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="right",
+        fontsize=9,
+    )
     axes.axhline(results["chance"], color="gray", linestyle=":", linewidth=1, label="chance")
-    axes.set(xlabel="step", ylabel="accuracy", ylim=(0, 1), title="Image from (audio, text), validation split")
+    axes.set(
+        xlabel="step",
+        ylabel="accuracy",
+        xlim=(0, None),
+        ylim=(0, 1),
+        title="Image from (audio, text), validation split",
+    )
     axes.legend(loc="upper left", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     for suffix in ("png", "svg"):

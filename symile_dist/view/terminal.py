@@ -278,13 +278,13 @@ def _eta(step: float | None, total_steps: int, step_seconds: float | None) -> st
 
 _TRAIN_PARTS: dict[str, Callable[[float], str]] = {
     "loss": lambda value: f"loss {_decimal(value)}",
-    "logit_scale": lambda value: f"logit_scale {value:.2f}",
+    "logit_scale": lambda value: f"logit_scale {value:.3g}",
     "samples_per_second": lambda value: f"{_rate(value)} samples/s",
     "data_wait_fraction": lambda value: f"data wait {_percent(value)}",
 }
 _PANEL_CELLS: dict[str, tuple[str, Callable[[float], str]]] = {
     "loss": ("loss", _decimal),
-    "logit_scale": ("logit_scale", lambda value: f"{value:.2f}"),
+    "logit_scale": ("logit_scale", lambda value: f"{value:.3g}"),
     "samples_per_second": ("samples/s", _rate),
     "data_wait_fraction": ("data wait", _percent),
     "grad_norm": ("grad norm", _decimal),

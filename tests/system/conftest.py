@@ -90,10 +90,10 @@ def config_file(shards: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def shared_ray(shards: Path) -> Iterator[None]:
     """One local Ray for the whole session: a start costs more than a run."""
-    import ray
-
     from symile_dist.driver import start_ray
 
     start_ray(parse_config(config_text(shards), "tiny.yaml", ["ray.num_workers=4"]).config)
     yield
+    import ray
+
     ray.shutdown()
