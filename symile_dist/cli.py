@@ -126,6 +126,7 @@ def _shards_index(options: argparse.Namespace) -> int:
     from symile_dist.data.manifest import index_directory
     from symile_dist.tools.progress import progress_bar
 
+    summaries = []
     for directory in options.directories:
         with progress_bar(f"indexing {directory}") as progress:
             manifest = index_directory(
@@ -138,13 +139,14 @@ def _shards_index(options: argparse.Namespace) -> int:
             "members": list(manifest.members),
             "digest": manifest.digest,
         }
-        if options.json:
-            _print_json(summary)
-        else:
+        summaries.append(summary)
+        if not options.json:
             print(
                 f"{directory}: {summary['samples']} samples in {summary['shards']} shards, "
                 f"members {', '.join(manifest.members)}"
             )
+    if options.json:
+        _print_json(summaries)
     return EXIT_OK
 
 

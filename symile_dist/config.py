@@ -181,8 +181,8 @@ class RayConfig(Section):
     """Number of ranks (world_size)."""
     cpus_per_worker: PositiveFloat = 1
     """CPUs that Ray reserves for a rank."""
-    gpus_per_worker: NonNegativeFloat = 0
-    """GPUs that Ray reserves for a rank."""
+    gpus_per_worker: Literal[0, 1] = 0
+    """GPUs of a rank: 1 trains on GPUs over NCCL, 0 on CPUs over gloo."""
     threads_per_worker: Positive | None = None
     """torch threads of a rank; cpus_per_worker when left out."""
     max_failures: Annotated[int, Field(ge=-1)] = 3

@@ -39,7 +39,7 @@ class _Board:
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
         self.ranks: dict[int, dict[str, Any]] = {}
-        self.joined = 0
+        self.joins: dict[int, int] = {}
         self.outcome: dict[str, Any] | None = None
 
     def post(self, record: dict[str, Any]) -> None:
@@ -47,15 +47,18 @@ class _Board:
 
     def join(self, rank: dict[str, Any]) -> None:
         self.ranks[rank["rank"]] = rank
-        self.joined += 1
+        self.joins[rank["rank"]] = self.joins.get(rank["rank"], 0) + 1
 
     def finish(self, status: str, message: str, **values: Any) -> None:
-        self.outcome = {"status": status, "message": message, **values}
+        self.outcome = self.outcome or {"status": status, "message": message, **values}
+
+    def ended(self) -> bool:
+        return self.outcome is not None
 
     def look(self) -> dict[str, Any]:
         """Everything since the last look."""
         records, self.records = self.records, []
-        return {"records": records, "ranks": self.ranks, "joined": self.joined, "outcome": self.outcome}
+        return {"records": records, "ranks": self.ranks, "joins": self.joins, "outcome": self.outcome}
 
 
 class _Watcher:
@@ -65,7 +68,7 @@ class _Watcher:
         self.board, self.view, self.config = board, view, config
         self.outcome: dict[str, Any] | None = None
         self.restarts = 0
-        self._joined = 0
+        self._joins: dict[int, int] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
 
@@ -90,8 +93,8 @@ class _Watcher:
         except Exception as error:  # the view must not end the run: Ray itself tells of a lost cluster
             logger.debug("board not reached: %s", error)
             return
-        if seen["joined"] != self._joined:
-            self._joined = seen["joined"]
+        if seen["joins"] != self._joins:
+            self._joins = seen["joins"]
             try:
                 self._ranks_joined(seen["ranks"])
             except OSError as error:  # a full disk, say: the run goes on
@@ -101,11 +104,11 @@ class _Watcher:
         self.outcome = seen["outcome"] or self.outcome
 
     def _ranks_joined(self, ranks: dict[int, dict[str, Any]]) -> None:
-        restarts = (self._joined - 1) // self.config.world_size
+        restarts = max(self._joins.values()) - 1
         if restarts > self.restarts:
             self.restarts = restarts
             self.view.note(f"a worker was lost: the group is restarted (restart {restarts})", level="warning")
-        if self._joined % self.config.world_size == 0:
+        if list(self._joins.values()) == [restarts + 1] * self.config.world_size:
             urls = [rank["metrics_url"] for _, rank in sorted(ranks.items()) if rank["metrics_url"]]
             self.view.update({"kind": "event", "message": f"{len(ranks)} ranks are up", "metrics_urls": urls})
         write_ranks(self.config.run_directory, ranks)
@@ -183,8 +186,9 @@ def launch(
         state = read_manifest(done[-1][1]).train_state
         return {"status": "finished", "message": "", **state, "restarts": 0, "seconds": 0.0}
     start_ray(config)
-    run_directory.prepare(config, fresh, resume)
-    return run(config, plain, console)
+    with run_directory.locked(config.run_directory):
+        run_directory.prepare(config, fresh, resume)
+        return run(config, plain, console)
 
 
 def run(config: Config, plain: bool | None = None, console: Console | None = None) -> dict[str, Any]:

@@ -67,7 +67,8 @@ def _new_groups_with_timeout(timeout: timedelta) -> Iterator[None]:
         dist.new_group = original
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, told which accelerator it has: it reads that when it is first imported."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
@@ -111,21 +112,24 @@ class Engine:
         """
         self.config, self.device = config, device
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        deepspeed = _import_deepspeed(device)
+        deepspeed = import_deepspeed(device)
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
         settings = deepspeed_config(config)
-        torch.manual_seed(config.seed)  # the same initial weights on every rank
         with _new_groups_with_timeout(timedelta(seconds=config.ray.collective_timeout_seconds)):
             # Built whole and in fp32 at every stage, so that stages begin with the same weights; ZeRO-3 partitions it
             # in initialize. (zero.Init would draw bf16 weights from another random stream, and round the buffers.)
-            module = TrainingModule(config)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)  # the same initial weights on every rank
+                module = TrainingModule(config)
             self.warm_started = copy_weights(module, weights) if weights is not None else []
             """Names of the parameters that began with the other run's weights."""
             optimizer = make_optimizer(module, config)
             self._peak_learning_rates = [group["peak_lr"] for group in optimizer.param_groups]
+            self._hyperparameters = [
+                {key: group[key] for key in ("betas", "eps", "weight_decay", "peak_lr")}
+                for group in optimizer.param_groups
+            ]
             self.deepspeed, *_ = deepspeed.initialize(model=module.to(device), optimizer=optimizer, config=settings)
-        # From here on random numbers (dropout) differ by rank.
-        torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)
 
     @property
     def module(self) -> TrainingModule:
@@ -135,7 +139,7 @@ class Engine:
         self.deepspeed.train(mode)
 
     def forward(self, batch: Batch, step: int) -> StepReport:
-        return self.deepspeed(batch.to(self.device, self.dtype), step)
+        return self.deepspeed(batch.to(self.device), step)
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagates; an infinite loss makes its gradients NaN, so that the check before the step sees it."""
@@ -182,4 +186,7 @@ class Engine:
     def load(self, directory: Path, tag: str) -> None:
         """Reads what `save` wrote, at the same world size and ZeRO stage. Verify it first: torch unpickles it."""
         path, _ = self.deepspeed.load_checkpoint(str(directory), tag=tag)
+        # DeepSpeed puts the checkpoint's hyper-parameters back, but those of the config hold: resume may change them.
+        for group, hyperparameters in zip(self.deepspeed.optimizer.param_groups, self._hyperparameters, strict=True):
+            group.update(hyperparameters)
         assert path is not None, f"DeepSpeed found nothing under {directory}/{tag} although its manifest was verified"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from symile_dist.config import Config
 from symile_dist.registry import ENCODERS, OBJECTIVES, build, resolve
-from symile_dist.types import Batch, Inputs, Outputs, StepReport
+from symile_dist.types import Batch, Inputs, Outputs, Padded, StepReport
 
 
 class L2Normalize(nn.Module):
@@ -24,6 +24,20 @@ def _normalization(kind: str, embedding_dim: int) -> nn.Module:
     if kind == "layer_norm":
         return nn.LayerNorm(embedding_dim)
     return L2Normalize() if kind == "l2" else nn.Identity()
+
+
+def _in_precision_of(encoder: nn.Module, inputs: Inputs) -> Inputs:
+    """Floating-point inputs in the precision of the encoder's weights, unless it asks for them as they are.
+
+    An encoder does so by `takes_float32 = True`: a waveform in bf16, say, has lost its quiet parts before any feature
+    of it is computed.
+    """
+    weight = next(encoder.parameters(), None)
+    values = inputs.values if isinstance(inputs, Padded) else inputs
+    if weight is None or not values.is_floating_point() or getattr(encoder, "takes_float32", False):
+        return inputs
+    cast = values.to(weight.dtype)
+    return Padded(cast, inputs.lengths) if isinstance(inputs, Padded) else cast
 
 
 class MultimodalModel(nn.Module):
@@ -49,10 +63,10 @@ class MultimodalModel(nn.Module):
     def forward(self, inputs: dict[str, Inputs]) -> Outputs:
         representations = {}
         for name, encoder in self.encoders.items():
-            emitted = encoder(inputs[name])
+            emitted = encoder(_in_precision_of(encoder, inputs[name]))
             # A point set (WPSE) has a normalisation of its own, token by token.
             representations[name] = self.normalizations[name](emitted) if isinstance(emitted, Tensor) else emitted
-        return Outputs(representations, self.logit_scale.exp().squeeze(0))
+        return Outputs(representations, self.logit_scale.float().exp().squeeze(0))
 
 
 def make_objective(config: Config) -> nn.Module:

@@ -5,17 +5,20 @@ Raises ValueError with everything that is wrong, so that no worker is started in
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from symile_dist.checkpoint.manifest import CHECKPOINTS, check_fits, complete_checkpoints
+from symile_dist.checkpoint.manifest import CHECKPOINTS, CheckpointError, check_fits, complete_checkpoints
 from symile_dist.checkpoint.manifest import read_manifest as read_checkpoint
 from symile_dist.config import Config
 from symile_dist.data.loader import Population, open_training
 from symile_dist.data.manifest import read_manifest
 from symile_dist.model import make_objective
 from symile_dist.registry import DECODERS, ENCODERS, TRANSFORMS, build, check_options, resolve, suggestion
+from symile_dist.run_directory import differences, load_run
 
 
 def _checks(config: Config) -> list[Callable[[], Any]]:
@@ -68,7 +71,23 @@ def _check_continues(config: Config) -> None:
     complete = complete_checkpoints(config.run_directory / CHECKPOINTS)
     if not complete:
         return
-    manifest = read_checkpoint(complete[-1][1])
+    manifest = None
+    for _, folder in reversed(complete):
+        with contextlib.suppress(CheckpointError):  # a damaged one: the ranks pass it over too, and say so
+            manifest = read_checkpoint(folder)
+            break
+    if manifest is None:
+        return
+    fixed = [
+        change
+        for change in differences(load_run(config.run_directory), config)
+        if re.match(r"model\.|objective\.name|modalities\.\w+\.(encoder|freeze|lr)\b", change)
+    ]
+    if fixed:
+        raise ValueError(
+            f"{config.run_directory}: a run cannot go on with another model ({'; '.join(fixed[:3])}); begin a new run "
+            f"with run.init_from={config.run_directory}"
+        )
     check_fits(manifest, config.world_size, config.train.zero_stage, config.train.precision)
     open_training(config, rank=0, start_step=manifest.step).check_state(manifest.loader_state)
 

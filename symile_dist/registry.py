@@ -94,4 +94,7 @@ def build(name: str, options: Mapping[str, Any], registry: Mapping[str, str], ki
     """Makes one component: `resolve`, `check_options`, call. Raises ValueError for a user's mistake."""
     target = resolve(name, registry, kind)
     check_options(target, options, kind, name, tuple(fixed))
-    return target(**fixed, **options)
+    try:
+        return target(**fixed, **options)
+    except (TypeError, AttributeError) as error:  # what comes of an option of the wrong type
+        raise ValueError(f"{kind} '{name}': {error}; are its options of the right type?") from error

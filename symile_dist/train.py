@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from symile_dist.metrics.recorder import Recorder
 from symile_dist.step import TrainedStep, train_step
 from symile_dist.types import Batch
 from symile_dist.validate import Validator
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -93,12 +96,14 @@ def _count(
     state.unreadable_samples += config.train.global_batch_size - valid
     recorder.count_step(seconds, local, valid, trained.result.applied)
     recorder.count_data(batch.bytes_read, batch.faults)
+    for detail in batch.fault_details:
+        logger.warning("step %d: unreadable sample: %s", state.step, detail)
     read = state.samples_seen + state.unreadable_samples
     if read >= 1000 and state.unreadable_samples > config.data.max_bad_fraction * read:
         raise RunStopped(
             f"step {state.step}: {state.unreadable_samples} of {read} samples were unreadable, more than "
-            f"data.max_bad_fraction = {config.data.max_bad_fraction}; look at the shards in {config.data.train} "
-            f"(symile-dist shards index {config.data.train} --force names the damaged ones)"
+            f"data.max_bad_fraction = {config.data.max_bad_fraction}; the shards are in {config.data.train}, and "
+            f"{config.run_directory / 'logs'} names the samples"
         )
     if trained.result.applied:
         state.consecutive_skips = 0

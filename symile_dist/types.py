@@ -66,6 +66,8 @@ class Batch:
     """n class labels, for evaluation; empty where the config names no label."""
     faults: dict[str, int] = field(default_factory=dict)
     """What went wrong while reading, by kind: counted in the metrics."""
+    fault_details: list[str] = field(default_factory=list)
+    """The first few of them in words: shard, row and reason."""
     bytes_read: int = 0
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -77,11 +79,9 @@ class Batch:
         }
         return replace(self, inputs=inputs, present=function(self.present), valid=function(self.valid))
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
-        """Moves the tensors; floating-point inputs are cast to `dtype` where one is given."""
-        return self._map(
-            lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
-        )
+    def to(self, device: torch.device) -> Batch:
+        """Moves the tensors."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """What torch's DataLoader calls, so that `to` copies to a GPU while it computes."""

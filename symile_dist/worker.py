@@ -13,13 +13,13 @@ import ray.train
 import ray.train.torch
 import torch
 
-from symile_dist.checkpoint.manager import CheckpointManager
+from symile_dist.checkpoint.manager import CheckpointManager, seed_everything
 from symile_dist.checkpoint.manifest import Manifest
 from symile_dist.checkpoint.reshape import consolidated_weights
 from symile_dist.config import Config
 from symile_dist.data.loader import open_training
 from symile_dist.distributed import raise_together
-from symile_dist.engine import Engine
+from symile_dist.engine import Engine, import_deepspeed
 from symile_dist.errors import RunStopped
 from symile_dist.metrics.exporter import Exporter
 from symile_dist.metrics.history import History
@@ -34,21 +34,24 @@ logger = logging.getLogger(__name__)
 def run_worker(settings: dict[str, Any]) -> None:
     """Entry point of a rank. `settings`: the config as plain data, and the driver's board.
 
-    A mistake of the user or a run that cannot go on is told to the driver and ends the worker normally, so that Ray
-    does not start it again; anything else raises, and Ray restarts the group.
+    A mistake of the user or a run that cannot go on is told to the driver, and no restart goes on from it; anything
+    else raises, and Ray restarts the group.
     """
     config = Config.model_validate(settings["config"])
     board = settings["board"]
+    if ray.get(board.ended.remote()):
+        return  # restarted after an end that a restart cannot mend
     rank = ray.train.get_context().get_world_rank()
     _set_up_process(config, rank)
     recorder = _make_recorder(config, rank, board)
     try:
         state = _train(config, rank, recorder)
     except (RunStopped, ValueError) as error:
+        # Told by any rank, as it may be the only one to see it; the first to tell is kept.
         logger.error("%s", error, exc_info=not isinstance(error, RunStopped))
-        if rank == 0:
-            status = "stopped" if isinstance(error, RunStopped) else "refused"
-            ray.get(board.finish.remote(status, str(error)))
+        ray.get(board.finish.remote("stopped" if isinstance(error, RunStopped) else "refused", str(error)))
+        if not isinstance(error, RunStopped):
+            raise  # the others may wait for this rank in a collective: Ray ends them, and a restart returns at once
     except Exception:
         logger.exception("rank %d fails; Ray restarts the group while ray.max_failures allows", rank)
         raise
@@ -95,11 +98,12 @@ def _train(config: Config, rank: int, recorder: Recorder) -> TrainState:
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives of plain objects use the current device
+        os.environ["LOCAL_RANK"] = str(device.index)  # where DeepSpeed looks for it
+    import_deepspeed(device)
+    seed_everything(config.seed, rank)
     checkpoints = CheckpointManager(config)
     manifest = checkpoints.find()
     state = TrainState.from_manifest(manifest) if manifest else TrainState()
-    if rank == 0:
-        recorder.history = History(config.run_directory, resume_step=state.step)
     problem = None
     try:
         loader = open_training(config, rank, state.step)
@@ -115,6 +119,9 @@ def _train(config: Config, rank: int, recorder: Recorder) -> TrainState:
     engine = Engine(config, device, weights)
     if manifest:
         checkpoints.load(engine, manifest)
+    if rank == 0:
+        recorder.history = History(config.run_directory, resume_step=state.step)
+    if manifest:
         recorder.event(state.step, f"resumed from step {state.step}")
     elif source:
         total = sum(1 for _ in engine.module.parameters())

@@ -6,6 +6,7 @@ twice, with each objective, evaluates both, and shows them side by side.
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,9 @@ def demo_config(out: Path, data: Path, objective: str, quick: bool) -> Config:
     """configs/demo.yaml with another objective and place."""
     overrides = [
         f"run.name=demo-{objective.replace('_', '-')}",
-        f"run.directory={out / objective}",
+        f"run.directory={json.dumps(str(out / objective))}",
         f"objective.name={objective}",
-        *(f"data.{split}={data / folder}" for split, folder in SPLITS.items()),
+        *(f"data.{split}={json.dumps(str(data / folder))}" for split, folder in SPLITS.items()),
         *(QUICK if quick else []),
     ]
     preset = Path(symile_dist.configs.__file__).parent / "demo.yaml"

@@ -19,7 +19,7 @@ from symile_dist.config import Config
 from symile_dist.data.loader import Loader, open_validation
 from symile_dist.evaluation.retrieval import bootstrap_accuracy, class_numbers, directions, retrieval_accuracy
 from symile_dist.model import TrainingModule
-from symile_dist.run_directory import load_run
+from symile_dist.run_directory import CONFIG_FILE, load_run
 from symile_dist.storage import write_json, write_text
 from symile_dist.types import Batch
 from symile_dist.validate import bound_values, held_out_pass, similarity_of
@@ -86,8 +86,12 @@ def evaluate_run(
     module = TrainingModule(config)
     weights = consolidated_weights(folder)
     missing = [name for name, _ in module.named_parameters() if name not in weights]
-    if missing:
-        raise CheckpointError(f"{folder}: lacks the weights of {', '.join(missing[:3])}: made by another model?")
+    unknown = [name for name in weights if name not in module.state_dict()]
+    if missing or unknown:
+        raise CheckpointError(
+            f"{folder}: was made by another model than {config.run_directory / CONFIG_FILE} describes; "
+            f"lacking: {', '.join(missing[:3]) or 'none'}; unknown: {', '.join(unknown[:3]) or 'none'}"
+        )
     module.load_state_dict(weights, strict=False)  # buffers such as filter banks are made, not saved
     module.eval()
     begin = time.perf_counter()

@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 import symile_dist
 from symile_dist.checkpoint.manifest import (
     CHECKPOINTS,
+    MANIFEST,
     CheckpointError,
     FileEntry,
     Manifest,
@@ -23,6 +25,7 @@ from symile_dist.checkpoint.manifest import (
     complete_checkpoints,
     folder_name,
     read_manifest,
+    unlisted_files,
     verify,
 )
 from symile_dist.config import Config
@@ -39,17 +42,41 @@ class SavesShards(Protocol):
     def load(self, directory: Path, tag: str) -> None: ...
 
 
+def seed_everything(seed: int, rank: int) -> None:
+    """Seeds torch, numpy and python for what encoders draw (dropout): differently on each rank."""
+    torch.manual_seed(seed * 1_000_003 + rank + 1)
+    np.random.seed((seed * 1_000_003 + rank + 1) % 2**32)
+    random.seed(f"{seed}-{rank}")
+
+
 def _rng_state() -> dict[str, Any]:
-    state: dict[str, Any] = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    """The state of every global generator, in types that torch.load reads with weights_only."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "python": list(random.getstate()[1]),
+        "python_gauss": random.getstate()[2],
+    }
+    if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate((3, tuple(state["python"]), state["python_gauss"]))
+    if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _remove(folder: Path) -> None:
+    """The manifest first: half a deletion must not look like a checkpoint."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class CheckpointManager:
@@ -71,7 +98,7 @@ class CheckpointManager:
         folder = self.directory / folder_name(step)
         if rank() == 0:
             if folder.exists():
-                shutil.rmtree(folder)  # what a killed save left behind, or the same step of an earlier attempt
+                _remove(folder)  # what a killed save left behind, or the same step of an earlier attempt
             folder.mkdir(parents=True)
         barrier()
         engine.save(self.directory, folder.name)
@@ -100,21 +127,20 @@ class CheckpointManager:
                 files=tuple(files),
             ).write(folder)
             sync_directory(self.directory)
-            self._prune(keep=train_state.get("best_step"))
+            self._prune(step, best=train_state.get("best_step"))
         barrier()
         return sum(entry.size for entry in files), time.perf_counter() - begin
 
-    def _prune(self, keep: int | None) -> None:
-        """Removes all but the newest `keep_last` complete checkpoints and the best; leftovers of killed saves too."""
-        complete = complete_checkpoints(self.directory)
-        kept = {step for step, _ in complete[-self.config.checkpoint.keep_last :]} | {keep}
-        newest = complete[-1][0] if complete else -1
-        for step, folder in checkpoint_folders(self.directory):
-            if step in kept or step > newest:
-                continue
-            manifest = folder / "manifest.json"
-            manifest.unlink(missing_ok=True)  # first: half a deletion must not look like a checkpoint
-            shutil.rmtree(folder, ignore_errors=True)
+    def _prune(self, step: int, best: int | None) -> None:
+        """Keeps the newest `keep_last` complete checkpoints and the best; removes leftovers of killed saves.
+
+        Also those of later steps: they belong to a future that this run has left by going on from before them.
+        """
+        complete = [each for each, _ in complete_checkpoints(self.directory) if each <= step]
+        kept = {*complete[-self.config.checkpoint.keep_last :], best}
+        for each, folder in checkpoint_folders(self.directory):
+            if each > step or each not in kept:
+                _remove(folder)
 
     def find(self) -> Manifest | None:
         """The newest complete checkpoint whose files all verify; None when the run has none yet.
@@ -128,7 +154,7 @@ class CheckpointManager:
             folder = self.directory / name
             try:
                 manifest = read_manifest(folder)
-                found = verify(folder, manifest.files[rank() :: world_size()])
+                found = verify(folder, manifest.files[rank() :: world_size()]) + unlisted_files(folder, manifest)
             except CheckpointError as error:
                 manifest, found = None, [str(error)]
             bad = sorted({problem for part in gather_objects(found) for problem in part})
@@ -157,4 +183,3 @@ class CheckpointManager:
         engine.load(self.directory, name)
         path = self.directory / name / f"rng-rank-{rank():05d}.pt"
         _set_rng_state(torch.load(path, weights_only=True))
-        random.seed(f"{self.config.seed}-{rank()}-{manifest.step}")

@@ -105,6 +105,13 @@ def check_fits(manifest: Manifest, world_size: int, zero_stage: int, precision: 
             )
 
 
+def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Files that stand in the folder but not in the manifest: nobody has verified them, so nobody may unpickle them."""
+    listed = {entry.path for entry in manifest.files} | {MANIFEST}
+    there = (str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+    return [f"{folder / name}: is not in the manifest" for name in sorted(there) if name not in listed]
+
+
 def verify(folder: Path, files: Sequence[FileEntry]) -> list[str]:
     """What is wrong with these files: one line each, naming the file; empty when all agree with the manifest."""
     problems = []

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from symile_dist.checkpoint.manifest import CheckpointError, Manifest, read_manifest, verify
+from symile_dist.checkpoint.manifest import CheckpointError, Manifest, read_manifest, unlisted_files, verify
 
 
 def verified_manifest(folder: Path) -> Manifest:
     """Reads a checkpoint's manifest and compares every file with it. Raises CheckpointError with what is wrong."""
     manifest = read_manifest(folder)
-    problems = verify(folder, manifest.files)
+    problems = verify(folder, manifest.files) + unlisted_files(folder, manifest)
     if problems:
         raise CheckpointError("\n".join(problems))
     return manifest

@@ -17,6 +17,7 @@ the rest of the name is the member's suffix, which may have several parts (`seg.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -149,8 +150,8 @@ def write_index(shard: Path) -> ShardIndex:
     return index
 
 
-def read_index(shard: Path) -> ShardIndex:
-    """Raises ShardError when the index is missing or damaged."""
+def read_index(shard: Path, sha256: str | None = None) -> ShardIndex:
+    """Raises ShardError when the index is missing or damaged, or is not the one of that sha256 (the manifest's)."""
     path = index_path(shard)
     try:
         content = path.read_bytes()
@@ -158,6 +159,11 @@ def read_index(shard: Path) -> ShardIndex:
         raise ShardError(f"{shard}: has no index; make it with: symile-dist shards index {shard.parent}") from None
     if len(content) < 16 or content[:8] != MAGIC or zlib.crc32(content[:-4]) != struct.unpack("<I", content[-4:])[0]:
         raise ShardError(f"{path}: damaged index; make it again with: symile-dist shards index {shard.parent} --force")
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise ShardError(
+            f"{path}: is not the index that the manifest was made with; if the shard was replaced on purpose: "
+            f"symile-dist shards index {shard.parent}"
+        )
     (length,) = struct.unpack_from("<I", content, 8)
     header = json.loads(content[12 : 12 + length])
     members, samples = tuple(header["members"]), int(header["samples"])

@@ -107,7 +107,7 @@ class Population:
     def _shard(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
         if shard not in self._open:
             entry = self.manifest.shards[shard]
-            index = read_index(self.manifest.directory / entry.name)
+            index = read_index(self.manifest.directory / entry.name, entry.index_sha256)
             if len(index) != entry.samples:
                 raise ShardError(
                     f"{self.manifest.directory / entry.name}: its index has {len(index)} samples, the manifest says "
@@ -165,12 +165,12 @@ class StepDataset(Dataset[Batch]):
         sample_id = int(self.population.shard_starts[shard]) + row
         rng = np.random.Generator(philox("augment", self.seed, epoch, sample_id)) if self.train else None
         tensors = [reader(data[reader.member], rng) for reader in self.readers]
-        label = str(sample_id)
-        if self.label is not None and data.get(self.metadata_member):
+        label = f"sample {sample_id}"  # a class of its own, which no label of another sample equals
+        if self.label is not None and not self.train and data.get(self.metadata_member):
             metadata = json.loads(data[self.metadata_member])
             if not isinstance(metadata, dict):
                 raise ValueError(f"member '{self.metadata_member}' is not a JSON object")
-            label = str(metadata.get(self.label, sample_id))
+            label = str(metadata.get(self.label, label))
         return tensors, label, sum(map(len, parts))
 
     def __getitem__(self, step: int) -> Batch:
@@ -180,6 +180,7 @@ class StepDataset(Dataset[Batch]):
         labels: list[str] = []
         ids = torch.full((size,), -1, dtype=torch.int64)
         faults: Counter[str] = Counter()
+        details: list[str] = []
         bytes_read = 0
         for slot, (shard, place, epoch) in enumerate(zip(*(part.tolist() for part in slots), strict=True)):
             if shard < 0:
@@ -193,10 +194,14 @@ class StepDataset(Dataset[Batch]):
                 samples.append(tensors)
                 labels.append(label)
                 bytes_read += count
-            except (ShardError, OSError, ValueError, zlib.error) as error:
+            except (ShardError, OSError, ValueError, RecursionError, zlib.error) as error:
                 # The slot stays, marked invalid: the order never shifts, so all ranks stay in step.
-                kind = "checksum" if isinstance(error, ShardError) else "io" if isinstance(error, OSError) else "decode"
+                kind = (
+                    "checksum" if isinstance(error, ShardError) else "open" if isinstance(error, OSError) else "decode"
+                )
                 faults[kind] += 1
+                if len(details) < 3:
+                    details.append(f"{self.population.manifest.shards[shard].name}, row {row}: {error}")
                 samples.append(None)
                 labels.append("")
         valid = torch.tensor([sample is not None for sample in samples])
@@ -211,7 +216,7 @@ class StepDataset(Dataset[Batch]):
             for m, reader in enumerate(self.readers)
         }
         present = torch.ones((size, len(self.readers)), dtype=torch.bool)
-        return Batch(inputs, present, valid, ids, labels, dict(faults), bytes_read)
+        return Batch(inputs, present, valid, ids, labels, dict(faults), details, bytes_read)
 
     def _filler(self) -> list[torch.Tensor]:
         """Something of the right shape for a share without one readable sample."""
@@ -255,7 +260,9 @@ def _one_thread(worker: int) -> None:
 class Loader:
     """Iterates over this rank's batches, from `start_step` on; `state` is what a checkpoint keeps of it."""
 
-    def __init__(self, dataset: StepDataset, data: DataConfig, start_step: int, stop_step: int) -> None:
+    def __init__(
+        self, dataset: StepDataset, data: DataConfig, start_step: int, stop_step: int, pin_memory: bool = False
+    ) -> None:
         self.dataset = dataset
         self.consumed = start_step
         processes = data.loader_processes if stop_step > start_step else 0
@@ -267,7 +274,7 @@ class Loader:
             prefetch_factor=data.prefetch if processes else None,
             worker_init_fn=_one_thread if processes else None,
             multiprocessing_context=_process_context() if processes else None,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin_memory,
             # Without one of its own it draws from torch's global generator, once per start: a resumed run's dropout
             # would differ from the undisturbed run's.
             generator=torch.Generator(),
@@ -309,7 +316,13 @@ def open_training(config: Config, rank: int, start_step: int) -> Loader:
         config.train.global_batch_size, len(population.sizes), population.num_samples
     )
     order = LanesWindowsOrder(population.sizes, config.train.global_batch_size, lanes, config.data.window, config.seed)
-    return Loader(StepDataset(population, order, config, rank, train=True), config.data, start_step, config.train.steps)
+    return Loader(
+        StepDataset(population, order, config, rank, train=True),
+        config.data,
+        start_step,
+        config.train.steps,
+        config.ray.gpus_per_worker > 0,
+    )
 
 
 def open_validation(config: Config, directory: str, rank: int, max_samples: int | None) -> tuple[StepDataset, int]:

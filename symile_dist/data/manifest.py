@@ -56,8 +56,8 @@ def index_directory(
 ) -> Manifest:
     """Writes the index of every shard in a folder, then the manifest.
 
-    A shard whose index fits its size is not read again unless `force`. Raises ShardError, with every bad shard in
-    the message, and writes no manifest then.
+    A shard whose index fits its size and is not older is not read again unless `force`. Raises ShardError, with every
+    bad shard in the message, and writes no manifest then.
     """
     folder = Path(directory)
     shards = _shards_in(folder)
@@ -69,7 +69,9 @@ def index_directory(
                 index = read_index(shard)
             except ShardError:
                 index = None  # damaged: made again below
-            if index is not None and index.shard_bytes != shard.stat().st_size:
+            # Tar files are padded, so a replaced shard may well have the size of the old one.
+            newer = shard.stat().st_mtime_ns > index_path(shard).stat().st_mtime_ns
+            if index is not None and (newer or index.shard_bytes != shard.stat().st_size):
                 index = None
         if index is None:
             index = write_index(shard)

@@ -79,6 +79,9 @@ class LogMel(nn.Module):
 class AudioConvNet(nn.Module):
     """Log-mel spectrogram -> strided convolutions over time -> masked pooling -> linear."""
 
+    takes_float32 = True
+    """Waveforms come in float32 in every precision of the weights: in bf16 they would lose their quiet parts."""
+
     def __init__(
         self,
         embedding_dim: int,

@@ -184,7 +184,7 @@ _TABLE = (
     MetricSpec(
         name="symile_checkpoint_size_bytes",
         kind="gauge",
-        help="Bytes this rank wrote to the last checkpoint: the sum over ranks is its size.",
+        help="Bytes of the last checkpoint, all ranks' files together; served by rank 0.",
         unit="bytes",
     ),
     MetricSpec(name="symile_checkpoint_failures_total", kind="counter", help="Saves that did not commit."),

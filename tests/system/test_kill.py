@@ -16,7 +16,13 @@ import pytest
 from tests.system.conftest import MakeConfig
 from tests.system.runs import history, losses, state_digests, train
 
-OVERRIDES = ["train.steps=40", "checkpoint.every=8", "train.zero_stage=2", "data.loader_processes=1"]
+OVERRIDES = [
+    "train.steps=150",
+    "checkpoint.every=10",
+    "validation.every=75",
+    "train.zero_stage=2",
+    "data.loader_processes=1",
+]
 
 
 def _wait_for_step(process: subprocess.Popen[bytes], history_file: Path, step: int) -> None:
@@ -63,9 +69,9 @@ def test_a_worker_killed_in_mid_run_ends_with_the_weights_of_the_undisturbed_run
     result = json.loads(output)
     assert result["restarts"] == 1
     (resumed,) = history(killed, "event")
-    assert resumed["step"] in (8, 16, 24, 32), f"did not go on from a checkpoint: {resumed}"
+    assert resumed["step"] in range(10, 150, 10), f"did not go on from a checkpoint: {resumed}"
     assert losses(killed) == losses(undisturbed)
-    assert state_digests(killed, 40) == state_digests(undisturbed, 40)
+    assert state_digests(killed, 150) == state_digests(undisturbed, 150)
     # Nothing of the embedded Ray outlives the command.
     for rank in json.loads((killed.run_directory / "ranks.json").read_text()):
         assert not Path(f"/proc/{rank['pid']}").exists(), "a worker outlived its run"

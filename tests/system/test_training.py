@@ -142,5 +142,5 @@ def test_another_world_size_is_refused_with_the_way_out(make_config: MakeConfig)
 
 
 def test_more_workers_than_the_cluster_holds_is_refused(make_config: MakeConfig) -> None:
-    with pytest.raises(ValueError, match="the run needs 16 CPUs"):
-        train(make_config("ray.num_workers=16"))
+    with pytest.raises(ValueError, match="the run needs 2000 CPUs"):
+        train(make_config("ray.cpus_per_worker=1000"))

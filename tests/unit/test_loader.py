@@ -92,15 +92,21 @@ def test_a_batch_holds_the_samples_that_its_ids_name(shards: Path, make_config: 
         assert isinstance(values, torch.Tensor) and values.shape == (12, DIMENSION)
         expected = torch.stack([torch.from_numpy(sample_array(name, number)) for number in ids(batch)])
         assert torch.equal(values, expected), name
-    assert batch.labels == [f"class-{number % CLASSES}" for number in ids(batch)]
     assert batch.valid.all() and batch.present.shape == (12, 3) and batch.present.all()
     assert batch.faults == {} and batch.bytes_read > 12 * 3 * 4 * DIMENSION
 
 
+def test_held_out_batches_carry_the_label_that_retrieval_is_judged_by(shards: Path, make_config: MakeConfig) -> None:
+    dataset, _ = open_validation(configured(make_config, shards), str(shards), 0, None)
+    batch = dataset[0]
+    assert batch.labels == [f"class-{number % CLASSES}" for number in ids(batch)]
+
+
 def test_without_a_label_each_sample_is_a_class_of_its_own(shards: Path, make_config: MakeConfig) -> None:
     for override in ("data.label=null", "data.label=nothing_there", "data.metadata_member=txt"):
-        batch = next(iter(open_training(configured(make_config, shards, override), 0, 0)))
-        assert batch.labels == [str(number) for number in ids(batch)], override
+        dataset, _ = open_validation(configured(make_config, shards, override), str(shards), 0, None)
+        batch = dataset[0]
+        assert batch.labels == [f"sample {number}" for number in ids(batch)], override
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------
@@ -146,7 +152,7 @@ def test_a_shard_that_vanished_under_way(tmp_path: Path, make_config: MakeConfig
     (folder / "shard-00001.tar").unlink()
     batch = next(iter(loader))
     assert batch.valid.tolist() == [sample < 12 for sample in ids(batch)]
-    assert batch.faults == {"io": sum(sample >= 12 for sample in ids(batch))} and not batch.valid.all()
+    assert batch.faults == {"open": sum(sample >= 12 for sample in ids(batch))} and not batch.valid.all()
 
 
 def test_what_cannot_be_decoded_is_a_fault_of_its_own_kind(shards: Path, make_config: MakeConfig) -> None:
@@ -189,7 +195,7 @@ def test_an_index_of_another_shard_is_refused(tmp_path: Path, make_config: MakeC
     index_directory(folder)
     one, other = (index_path(folder / f"shard-0000{number}.tar") for number in (0, 1))
     other.write_bytes(one.read_bytes())
-    with pytest.raises(ShardError, match=r"shard-00001\.tar: its index has 4 samples, the manifest says 6"):
+    with pytest.raises(ShardError, match=r"shard-00001\.tar\.idx: is not the index that the manifest was made with"):
         open_training(configured(make_config, folder), 0, 0)
 
 
