@@ -14,8 +14,7 @@ from typing import Any
 from symile_dist.checkpoint.manifest import CHECKPOINTS, CheckpointError, check_fits, complete_checkpoints
 from symile_dist.checkpoint.manifest import read_manifest as read_checkpoint
 from symile_dist.config import Config
-from symile_dist.data.loader import Population, open_training
-from symile_dist.data.manifest import read_manifest
+from symile_dist.data.loader import open_training, open_validation
 from symile_dist.model import make_objective
 from symile_dist.registry import DECODERS, ENCODERS, TRANSFORMS, build, check_options, resolve, suggestion
 from symile_dist.run_directory import differences, load_run
@@ -39,10 +38,11 @@ def _checks(config: Config) -> list[Callable[[], Any]]:
         make_objective(config)
 
     def data(directory: str, train: bool) -> None:
-        population = Population(read_manifest(directory), config)
-        lanes = config.data.lanes
-        if train and lanes and lanes > population.num_samples:
-            raise ValueError(f"data.lanes = {lanes} exceeds the {population.num_samples} samples of {directory}")
+        dataset, _ = open_validation(config, directory, rank=0, max_samples=None)
+        dataset.first_readable()
+        lanes, samples = config.data.lanes, dataset.population.num_samples
+        if train and lanes and lanes > samples:
+            raise ValueError(f"data.lanes = {lanes} exceeds the {samples} samples of {directory}")
 
     def best_metric() -> None:
         known = ["loss"] + [

@@ -207,7 +207,7 @@ class StepDataset(Dataset[Batch]):
         valid = torch.tensor([sample is not None for sample in samples])
         filler = next((sample for sample in samples if sample is not None), None)
         if filler is None:
-            filler = self._filler()
+            filler = self.first_readable()
         filled = [sample if sample is not None else filler for sample in samples]
         inputs = {
             reader.name: collate(
@@ -218,17 +218,21 @@ class StepDataset(Dataset[Batch]):
         present = torch.ones((size, len(self.readers)), dtype=torch.bool)
         return Batch(inputs, present, valid, ids, labels, dict(faults), details, bytes_read)
 
-    def _filler(self) -> list[torch.Tensor]:
-        """Something of the right shape for a share without one readable sample."""
-        for shard in range(len(self.population.sizes)):
-            for row in self.population.rows(shard)[:16]:
+    def first_readable(self) -> list[torch.Tensor]:
+        """The tensors of the first readable sample among the first of the first shards.
+
+        Raises ShardError, with the last reason, when none is readable: decoder or transform then do not fit the data.
+        """
+        reason: Exception | None = None
+        for shard in range(min(8, len(self.population.sizes))):
+            for row in self.population.rows(shard)[:4]:
                 try:
                     return self._sample(shard, int(row), 0)[0]
-                except (ShardError, OSError, ValueError):
-                    continue
+                except (ShardError, OSError, ValueError) as error:
+                    reason = error
         raise ShardError(
-            f"{self.population.manifest.directory}: no readable sample found; the decoder or transform may not fit the "
-            "data, or the shards are damaged"
+            f"{self.population.manifest.directory}: no readable sample found ({reason}); the decoder or transform may "
+            "not fit the data, or the shards are damaged"
         )
 
 

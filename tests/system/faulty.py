@@ -22,3 +22,12 @@ class PoisonedSymile(SymileObjective):
             representation = next(iter(outputs.representations.values()))
             return report._replace(loss=report.loss + self.value * representation.sum() * 0.5)
         return report
+
+
+class MistakenOnOneRank(SymileObjective):
+    """Symile that raises ValueError on rank 1 alone, while rank 0 waits for it in a collective."""
+
+    def forward(self, outputs: Outputs, batch: Batch, step: int) -> StepReport:
+        if step == 2 and dist.get_rank() == 1:
+            raise ValueError("only rank 1 saw this")
+        return super().forward(outputs, batch, step)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ import torch
 from symile_dist.checkpoint.manifest import complete_checkpoints
 from symile_dist.checkpoint.reshape import consolidated_weights
 from symile_dist.errors import RunFailed
+from symile_dist.run_directory import locked
 from symile_dist.tools.evaluate import evaluate_run
 from tests.system.conftest import MakeConfig
 from tests.system.runs import checkpoint_folder, history, losses, state_digests, train
@@ -144,3 +149,35 @@ def test_another_world_size_is_refused_with_the_way_out(make_config: MakeConfig)
 def test_more_workers_than_the_cluster_holds_is_refused(make_config: MakeConfig) -> None:
     with pytest.raises(ValueError, match="the run needs 2000 CPUs"):
         train(make_config("ray.cpus_per_worker=1000"))
+
+
+def test_a_mistake_that_one_rank_sees_ends_all_with_its_words(make_config: MakeConfig) -> None:
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="only rank 1 saw this"):
+        train(make_config("objective=tests.system.faulty:MistakenOnOneRank"))
+    assert time.monotonic() - begin < 120, "rank 0 waited for the collective's timeout"
+
+
+def test_a_run_goes_on_with_other_steps_but_not_with_another_model(make_config: MakeConfig) -> None:
+    config = make_config("train.steps=3")
+    train(config)
+    written = (config.run_directory / "config.yaml").read_text()
+    for override in ("model.normalization=none", "modalities.a.freeze=true", "modalities.b.lr=0.5"):
+        with pytest.raises(ValueError, match="cannot go on with another model"):
+            train(make_config("train.steps=6", override), resume=True)
+    # Whoever holds the lock is named; nothing is written meanwhile.
+    with locked(config.run_directory):
+        code = "import pathlib, sys, symile_dist.run_directory as r\nwith r.locked(pathlib.Path(sys.argv[1])): pass"
+        command = [sys.executable, "-c", code, str(config.run_directory)]
+        other = subprocess.run(command, capture_output=True, text=True)
+        assert f"process {os.getpid()} on" in other.stderr and "trains here already" in other.stderr, other.stderr
+    assert (config.run_directory / "config.yaml").read_text() == written, "a refused resume changed the config"
+
+
+def test_a_file_that_the_manifest_does_not_list_is_never_unpickled(make_config: MakeConfig) -> None:
+    config = make_config("train.steps=3")
+    train(config)
+    folder = checkpoint_folder(config, 3)
+    (folder / "zero_pp_rank_9_mp_rank_00_optim_states.pt").write_bytes(b"cos\nsystem\n(S'touch " + b"x'\ntR.")
+    with pytest.raises(ValueError, match=r"rank_9.*is not in the manifest"):
+        evaluate_run(config.run_directory)
