@@ -120,7 +120,7 @@ class ModelConfig(Section):
     """D: length of every modality's representation."""
     normalization: Literal["layer_norm", "l2", "none"] = "layer_norm"
     """What ends every encoder. Symile-M3 and Symile-MIMIC use layer_norm, the XOR experiments l2."""
-    logit_scale_init: float = -4.0
+    logit_scale_init: Annotated[float, Field(allow_inf_nan=False)] = -4.0
     """Initial value of the learned log of the logits' multiplier; Symile-M3 uses -6 at D = 8192."""
 
 
@@ -129,7 +129,7 @@ class OptimizerConfig(Section):
     """AdamW (decoupled weight decay)."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     """Decay rates of the moments."""
     eps: PositiveFloat = 1e-8
     """Added to the denominator."""
@@ -203,7 +203,7 @@ class MetricsConfig(Section):
 class Config(Section):
     run: RunConfig
     """What the run is called and where it is kept."""
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, le=2**40)] = 0
     """Seed of everything: weights, order of the data, augmentation, negatives."""
     data: DataConfig
     """Where the samples come from, and in which order."""
@@ -296,6 +296,8 @@ def _cross_checks(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         if key in config.deepspeed:
             yield ("deepspeed", key), f"follows from the config; set {instead} in its place"
     zero = config.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        yield ("deepspeed", "zero_optimization"), "should be a map of DeepSpeed's keys"
     if isinstance(zero, dict) and "stage" in zero:
         path = ("deepspeed", "zero_optimization", "stage")
         yield path, "follows from the config; set train.zero_stage in its place"

@@ -6,16 +6,19 @@ import contextlib
 import logging
 import math
 import os
+import re
 import secrets
+import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 
 from symile_dist import run_directory
-from symile_dist.checkpoint.manifest import CHECKPOINTS, complete_checkpoints, read_manifest
+from symile_dist.checkpoint.manifest import CHECKPOINTS, CheckpointError, complete_checkpoints, read_manifest
 from symile_dist.config import Config
 from symile_dist.errors import RunFailed
 from symile_dist.preflight import preflight
@@ -183,8 +186,9 @@ def launch(
     run_directory.check(config, fresh, resume)
     done = [] if fresh else complete_checkpoints(config.run_directory / CHECKPOINTS)
     if done and done[-1][0] >= config.train.steps:
-        state = read_manifest(done[-1][1]).train_state
-        return {"status": "finished", "message": "", **state, "restarts": 0, "seconds": 0.0}
+        with contextlib.suppress(CheckpointError):  # damaged: the ranks go on from the one before
+            state = read_manifest(done[-1][1]).train_state
+            return {"status": "finished", "message": "", **state, "restarts": 0, "seconds": 0.0}
     start_ray(config)
     with run_directory.locked(config.run_directory):
         run_directory.prepare(config, fresh, resume)
@@ -234,10 +238,11 @@ def run(config: Config, plain: bool | None = None, console: Console | None = Non
     try:
         with watcher:
             try:
-                trainer.fit()
-            except KeyboardInterrupt:
-                update_run(directory, status="interrupted", message="interrupted from the keyboard")
-                raise
+                with _terminated_like_interrupted():
+                    trainer.fit()
+            except (KeyboardInterrupt, SystemExit):  # Ray Train turns SIGINT into SystemExit
+                update_run(directory, status="interrupted", message="interrupted by a signal")
+                raise KeyboardInterrupt from None
             except Exception as error:
                 failure = error
     finally:
@@ -257,7 +262,27 @@ def run(config: Config, plain: bool | None = None, console: Console | None = Non
     return {**outcome, "restarts": watcher.restarts, "seconds": time.monotonic() - begin}
 
 
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, which Slurm, Kubernetes and `timeout` send, ends the run as Ctrl-C does; Ray's own handler aborts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 def _cause(error: BaseException | None) -> str:
-    """The last line of what Ray says of a failure: the exception itself, below the traceback."""
+    """The last line of what Ray says of a failure that names an exception: the traceback stands above it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Killed)\b", line)]
+    return (named or lines or [type(error).__name__])[-1]

@@ -69,11 +69,14 @@ def resolve(name: str, registry: Mapping[str, str], kind: str) -> Any:
         raise ValueError(problem)
     module, _, attribute = registry.get(name, name).partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except ImportError as error:
         raise ValueError(f"{kind} '{name}': cannot import {module} ({error}); is its package on PYTHONPATH?") from error
     except AttributeError as error:
         raise ValueError(f"{kind} '{name}': {module} has no '{attribute}'") from error
+    if not callable(found):  # its value is not shown: it may be a secret
+        raise ValueError(f"{kind} '{name}': is neither a class nor a function")
+    return found
 
 
 def check_options(target: Any, options: Mapping[str, Any], kind: str, name: str, fixed: tuple[str, ...] = ()) -> None:

@@ -110,7 +110,8 @@ def prepare(config: Config, fresh: bool, resume: bool) -> bool:
             _move_aside(directory)
         continued = (directory / CONFIG_FILE).exists()
         if continued:
-            lineage = read_run(directory).get("lineage", [])
+            kept = read_run(directory).get("lineage")
+            lineage = kept if isinstance(kept, list) else []
             changed = differences(load_run(directory), config)
             if changed and checkpoint_folders(directory / CHECKPOINTS):
                 lineage = [*lineage, {"changed": changed, "time": time.time()}]
@@ -131,10 +132,12 @@ def prepare(config: Config, fresh: bool, resume: bool) -> bool:
 
 
 def read_run(directory: Path) -> dict[str, Any]:
+    """run.json as a dict; empty where it is missing or no longer one (nothing depends on it but what people read)."""
     try:
-        return dict(read_json(directory / RUN_FILE))
-    except FileNotFoundError:
+        content = read_json(directory / RUN_FILE)
+    except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def update_run(directory: Path, **values: Any) -> None:

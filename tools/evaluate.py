@@ -92,7 +92,12 @@ def evaluate_run(
             f"{folder}: was made by another model than {config.run_directory / CONFIG_FILE} describes; "
             f"lacking: {', '.join(missing[:3]) or 'none'}; unknown: {', '.join(unknown[:3]) or 'none'}"
         )
-    module.load_state_dict(weights, strict=False)  # buffers such as filter banks are made, not saved
+    try:
+        module.load_state_dict(weights, strict=False)  # buffers such as filter banks are made, not saved
+    except RuntimeError as mismatch:  # of sizes
+        raise CheckpointError(
+            f"{folder}: was made by another model than the run's config describes: {mismatch}"
+        ) from None
     module.eval()
     begin = time.perf_counter()
     held_out = held_out_pass(module, module, batches)

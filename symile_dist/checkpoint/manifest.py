@@ -77,6 +77,16 @@ def read_manifest(folder: Path) -> Manifest:
             raise CheckpointError(f"{path}: made by another version of symile_dist")
         files = tuple(FileEntry(**entry) for entry in content.pop("files"))
         manifest = Manifest(files=files, **content)
+        numbers = (manifest.step, manifest.world_size, manifest.zero_stage, *(entry.size for entry in files))
+        names = (manifest.precision, *(text for entry in files for text in (entry.path, entry.sha256)))
+        if not (
+            files
+            and all(type(number) is int for number in numbers)
+            and all(isinstance(name, str) for name in names)
+            and isinstance(manifest.train_state, dict)
+            and isinstance(manifest.loader_state, dict)
+        ):
+            raise TypeError("an entry is missing or of another type")
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: not a complete checkpoint (it has no {MANIFEST})") from None
     except CheckpointError:

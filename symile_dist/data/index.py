@@ -93,6 +93,10 @@ def _strict_members(shard: Path) -> Iterator[tuple[tarfile.TarInfo, int, bytes]]
         try:
             with tarfile.open(fileobj=raw, mode="r:") as archive:
                 for header in archive:
+                    if header.islnk():
+                        raise ShardError(
+                            f"{shard}: '{header.name}' is a hard link: write the shard again without links"
+                        )
                     if header.issparse():
                         raise ShardError(f"{shard}: '{header.name}' is sparse: write the shard again, without tar -S")
                     if header.isfile():

@@ -228,7 +228,7 @@ class StepDataset(Dataset[Batch]):
             for row in self.population.rows(shard)[:4]:
                 try:
                     return self._sample(shard, int(row), 0)[0]
-                except (ShardError, OSError, ValueError) as error:
+                except (ShardError, OSError, ValueError, RecursionError) as error:
                     reason = error
         raise ShardError(
             f"{self.population.manifest.directory}: no readable sample found ({reason}); the decoder or transform may "

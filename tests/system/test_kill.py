@@ -75,3 +75,27 @@ def test_a_worker_killed_in_mid_run_ends_with_the_weights_of_the_undisturbed_run
     # Nothing of the embedded Ray outlives the command.
     for rank in json.loads((killed.run_directory / "ranks.json").read_text()):
         assert not Path(f"/proc/{rank['pid']}").exists(), "a worker outlived its run"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_driver_ends_the_run_in_words(
+    make_config: MakeConfig, config_file: Path, number: signal.Signals
+) -> None:
+    config = make_config(name="signalled")
+    command = [sys.executable, "-m", "symile_dist.cli", "train", str(config_file), "train.steps=100000"]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [*command, "run.name=signalled", f"run.directory={config.run_directory}", "checkpoint.every=50"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        _wait_for_step(process, config.run_directory / "history.jsonl", 3)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors.decode()[-3000:]
+    assert "interrupted; the same command again goes on" in errors.decode()
+    assert json.loads((config.run_directory / "run.json").read_text())["status"] == "interrupted"
