@@ -176,10 +176,6 @@ class LanesWindowsOrder:
             runs.append(self._lane_run(lane, step * per_lane + first - lane * per_lane, last - first))
         return Slots(*(np.concatenate(parts) for parts in zip(*runs, strict=True)))
 
-    def epoch_at(self, step: int) -> float:
-        """Epochs read before a step."""
-        return step * self.global_batch_size / self.num_samples
-
 
 class SequentialOrder:
     """Each sample once, in the order of the manifest: for validation. The tail of the last step holds no samples."""

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from symile_dist.storage import sync_directory
+
 logger = logging.getLogger(__name__)
 
 HISTORY_FILE = "history.jsonl"
@@ -82,15 +84,6 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else str(value)
-
-
-def _sync_folder(folder: Path) -> None:
-    # Without it a power cut may undo a rename although the file itself was synced.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class History:
@@ -189,7 +182,7 @@ class History:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
-            _sync_folder(self.path.parent)
+            sync_directory(self.path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
