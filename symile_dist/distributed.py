@@ -5,6 +5,7 @@ Everything works without a process group too, as a world of one.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, TypeVar
 
 import torch
@@ -41,10 +42,6 @@ def reduce_scatter(tensor: Tensor, group: Group = None) -> Tensor:
         return tensor
     tensor = tensor.contiguous()
     share = tensor.shape[0] // world
-    if dist.get_backend(group) == "gloo":  # has no reduce-scatter of tensors on every release
-        tensor = tensor.clone()
-        dist.all_reduce(tensor, group=group)
-        return tensor[rank(group) * share : (rank(group) + 1) * share]
     scattered = tensor.new_empty((share, *tensor.shape[1:]))
     dist.reduce_scatter_tensor(scattered, tensor, group=group)
     return scattered
@@ -52,10 +49,19 @@ def reduce_scatter(tensor: Tensor, group: Group = None) -> Tensor:
 
 def all_reduce_sum(tensor: Tensor, group: Group = None) -> Tensor:
     """The sum over ranks, in a new tensor; without gradients."""
-    total = tensor.detach().clone()
+    return _all_reduce(tensor, dist.ReduceOp.SUM, group)
+
+
+def all_reduce_max(tensor: Tensor, group: Group = None) -> Tensor:
+    """The maximum over ranks, in a new tensor; without gradients. A NaN may get lost: collectives promise nothing."""
+    return _all_reduce(tensor, dist.ReduceOp.MAX, group)
+
+
+def _all_reduce(tensor: Tensor, operation: Any, group: Group) -> Tensor:
+    reduced = tensor.detach().clone()
     if world_size(group) > 1:
-        dist.all_reduce(total, group=group)
-    return total
+        dist.all_reduce(reduced, op=operation, group=group)
+    return reduced
 
 
 class _AllGatherWithGradient(torch.autograd.Function):
@@ -95,6 +101,49 @@ def gather_objects(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+_host_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
+
+def host_group(group: Group = None) -> dist.ProcessGroup:
+    """The same ranks over gloo: what they agree on there waits for no device. All of them make the first call."""
+    group = group or dist.group.WORLD
+    assert group is not None
+    if dist.get_backend(group) == "gloo":
+        return group
+    if group not in _host_groups:
+        # Looked up in the module: the engine puts a timeout there.
+        _host_groups[group] = dist.new_group(
+            dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True
+        )
+    return _host_groups[group]
+
+
+def check_agreement(description: str, problem: str | None, group: Group = None) -> None:
+    """Raises ValueError on every rank of the group alike, if one has a problem or the descriptions differ.
+
+    Three integers over the host's network: no device is waited for, and ranks that are about to call collectives of
+    unequal sizes learn it before they hang.
+    """
+    if world_size(group) == 1:
+        if problem:
+            raise ValueError(problem)
+        return
+    host = host_group(group)
+    digest = int.from_bytes(hashlib.blake2b(description.encode(), digest_size=7).digest(), "big")
+    found = torch.tensor([digest, -digest, problem is not None])
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=host)
+    highest, negated_lowest, any_problem = found.tolist()
+    if highest == -negated_lowest and not any_problem:
+        return
+    said: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(said, (description, problem), group=host)
+    for number, (_, told) in enumerate(said):
+        if told:
+            raise ValueError(f"rank {number}: {told}")
+    other = next(number for number, (text, _) in enumerate(said) if text != said[0][0])
+    raise ValueError(f"the ranks disagree: rank 0 has {said[0][0]}; rank {other} has {said[other][0]}")
 
 
 def raise_together(problem: str | None) -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from symile_dist.config import Config
+from symile_dist.distributed import host_group
 from symile_dist.model import TrainingModule
 from symile_dist.optim import learning_rate_factor, make_optimizer
 from symile_dist.types import Batch, StepReport
@@ -116,6 +117,7 @@ class Engine:
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
         settings = deepspeed_config(config)
         with _new_groups_with_timeout(timedelta(seconds=config.ray.collective_timeout_seconds)):
+            host_group()  # made here, where it gets the timeout
             # Built whole and in fp32 at every stage, so that stages begin with the same weights; ZeRO-3 partitions it
             # in initialize. (zero.Init would draw bf16 weights from another random stream, and round the buffers.)
             with torch.random.fork_rng(devices=[]):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -26,7 +27,13 @@ class MIPSimilarity:
 
     The score is the MIP of the query's representations and the candidate (Symile, arXiv 2411.01053, section 3). The
     query stands for whatever number of modalities is at hand: one gives the inner product of two vectors.
+
+    Args:
+        normalize: L2-normalise all of them first.
     """
+
+    def __init__(self, normalize: bool = False) -> None:
+        self.normalize = normalize
 
     def __call__(self, candidates: Tensor, queries: Sequence[Tensor]) -> Tensor:
         """(K, D) candidates and one or more (Q, D) query representations -> (Q, K) scores.
@@ -36,15 +43,26 @@ class MIPSimilarity:
         check_same_shape(list(queries))
         if candidates.shape[-1] != queries[0].shape[-1]:
             raise ValueError(f"candidates have D = {candidates.shape[-1]}, queries D = {queries[0].shape[-1]}")
+        if self.normalize:
+            candidates, *queries = (F.normalize(tensor, dim=-1) for tensor in (candidates, *queries))
         return elementwise_product(list(queries)) @ candidates.T
 
 
 class SumSimilarity:
-    """Scores of candidates by the sum of pairwise inner products: zero-shot scoring for pairwise objectives (CLIP)."""
+    """Scores of candidates by the sum of pairwise inner products: zero-shot scoring for pairwise objectives (CLIP).
+
+    Args:
+        normalize: L2-normalise all of them first.
+    """
+
+    def __init__(self, normalize: bool = False) -> None:
+        self.normalize = normalize
 
     def __call__(self, candidates: Tensor, queries: Sequence[Tensor]) -> Tensor:
         """(K, D) candidates and one or more (Q, D) query representations -> (Q, K) scores."""
         check_same_shape(list(queries))
+        if self.normalize:
+            candidates, *queries = (F.normalize(tensor, dim=-1) for tensor in (candidates, *queries))
         return sum(queries[1:], start=queries[0]) @ candidates.T
 
 

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
 
 from symile_dist.distributed import Group
+from symile_dist.objectives.contrast import as_scale, contrastive_losses, make_cube, scale_problem
 from symile_dist.objectives.health import contrastive_health
 from symile_dist.objectives.negatives import GlobalBatch
 from symile_dist.similarity import SumSimilarity
 from symile_dist.types import Batch, Outputs, StepReport
+
+
+def sum_over_pairs(batch: GlobalBatch, scale: Tensor, present: Tensor | None = None) -> Tensor:
+    """The sum over pairs of (CE of rows + CE of columns) / 2, each pair being a cube of two modalities.
+
+    Args:
+        scale: scalar, what logits are multiplied with.
+        present: (n, M) bool; a sample is no positive for a pair of which it lacks one. None: all are.
+    """
+    # This rank's rows of the first of each pair, all rows of the second: modality 0 is never needed whole.
+    own = [batch.own, *(other[batch.rows] for other in batch.others[:-1])]
+    total = scale.new_zeros((), dtype=torch.float64)
+    for first, second in combinations(range(len(batch.others) + 1), 2):
+        pair = [own[first], batch.others[second - 1]]
+        cube = make_cube(batch, [tensor.detach() for tensor in pair], scale)
+        losses = contrastive_losses(pair[0], pair[1:], batch.rows, batch.group, cube, scale)
+        weights = batch.local_valid
+        if present is not None:
+            both = present[:, first] & present[:, second]
+            weights = both if weights is None else both & weights
+        total = total + batch.mean(losses, weights)
+    return total
 
 
 class PairwiseClipLoss:
@@ -19,10 +42,11 @@ class PairwiseClipLoss:
 
     Args:
         group: the ranks that form the global batch; None is all of them.
+        normalize: L2-normalise the representations first.
     """
 
-    def __init__(self, group: Group = None) -> None:
-        self.group = group
+    def __init__(self, group: Group = None, *, normalize: bool = False) -> None:
+        self.group, self.normalize = group, normalize
 
     def __call__(
         self,
@@ -36,32 +60,27 @@ class PairwiseClipLoss:
 
         `step` is not used: every other row of the batch is a negative.
         """
-        batch = GlobalBatch(representations, valid, self.group)
-        own = torch.arange(batch.local_size, device=batch.valid.device)
-        columns = own + batch.rows.start
-        total = representations[0].new_zeros(())
-        # Each ordered pair is one direction: this rank's rows of one modality against all rows of the other.
-        for first, second in permutations(range(len(representations)), 2):
-            logits = representations[first] @ batch.gathered[second].T  # (n, N)
-            positive = (representations[first] * representations[second]).sum(dim=1)
-            # Scaled before the mask, for the gradient of the scale would be 0 * -inf = nan after it. The positive goes
-            # in after the mask: so an invalid row, which is left out below, stays finite.
-            scaled_positive = positive * logit_scale
-            scaled = (logits * logit_scale).masked_fill(~batch.valid, -torch.inf)
-            losses = scaled.index_put((own, columns), scaled_positive).logsumexp(dim=1) - scaled_positive
-            total = total + torch.where(batch.local_valid, losses, 0.0).sum()
-        return batch.finish(total / 2)
+        batch = GlobalBatch(
+            representations,
+            valid,
+            self.group,
+            description=f"pairwise CLIP, normalize={self.normalize}",
+            problem=scale_problem(logit_scale),
+            normalize=self.normalize,
+        )
+        scale = as_scale(logit_scale, batch.own)
+        return sum_over_pairs(batch, scale).to(scale.dtype)
 
 
 class PairwiseClipObjective(nn.Module):
-    """`PairwiseClipLoss` as the trainer calls it."""
+    """`PairwiseClipLoss` as the trainer calls it. Options as there."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, normalize: bool = False) -> None:
         super().__init__()
-        self.similarity = SumSimilarity()
-        self.loss = PairwiseClipLoss()
+        self.similarity = SumSimilarity(normalize)
+        self.loss = PairwiseClipLoss(normalize=normalize)
 
     def forward(self, outputs: Outputs, batch: Batch, step: int) -> StepReport:
-        representations = [tensor.float() for tensor in outputs.representations.values()]
-        loss = self.loss(representations, outputs.logit_scale.float(), valid=batch.valid)
+        representations = list(outputs.representations.values())
+        loss = self.loss(representations, outputs.logit_scale, valid=batch.valid)
         return StepReport(loss, contrastive_health(representations, batch.valid))

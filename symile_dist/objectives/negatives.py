@@ -5,9 +5,18 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from symile_dist.distributed import Group, all_gather, all_gather_with_gradient, all_reduce_sum, rank, world_size
+from symile_dist.distributed import (
+    Group,
+    all_gather,
+    all_gather_with_gradient,
+    all_reduce_sum,
+    check_agreement,
+    rank,
+    world_size,
+)
 from symile_dist.seeding import permutation
 from symile_dist.similarity import check_same_shape
 
@@ -15,22 +24,26 @@ from symile_dist.similarity import check_same_shape
 @lru_cache(maxsize=4)
 def _permutations(num_modalities: int, batch: int, seed: int, step: int) -> Tensor:
     """(M, M, N): one permutation of the global batch per anchor and other modality, from (seed, step) alone."""
-    table = torch.empty((num_modalities, num_modalities, batch), dtype=torch.int64)
+    table = torch.arange(batch).repeat(num_modalities, num_modalities, 1)
     for anchor in range(num_modalities):
         for other in range(num_modalities):
-            table[anchor, other] = torch.from_numpy(permutation(batch, "negatives", seed, step, anchor, other))
+            if other != anchor:
+                table[anchor, other] = torch.from_numpy(permutation(batch, "negatives", seed, step, anchor, other))
     return table
 
 
-def draw_permutations(num_modalities: int, batch: int, seed: int, step: int, valid: Tensor) -> Tensor:
+def draw_permutations(num_modalities: int, batch: int, seed: int, step: int, valid: Tensor | None = None) -> Tensor:
     """(M, M, N) int64 on valid's device: entry [anchor, other] permutes the rows of `other` for that anchor.
 
-    A pure function of its arguments, hence the same on every rank and for every world size. Valid rows are permuted
-    among themselves and invalid ones among themselves, so that no valid negative holds an invalid part: the valid
-    entries, in the order in which the permutation names them, fill the valid rows from the first on. Done by sorting,
-    so that nothing waits for the device to tell how many rows are valid.
+    A pure function of its arguments, hence the same on every rank and for every world size; the diagonal is not used.
+    Valid rows are permuted among themselves and invalid ones among themselves, so that no valid negative holds an
+    invalid part: the valid entries, in the order in which the permutation names them, fill the valid rows from the
+    first on. Done by sorting, so that nothing waits for the device to tell how many rows are valid.
     """
-    drawn = _permutations(num_modalities, batch, seed, step).to(valid.device)
+    drawn = _permutations(num_modalities, batch, seed, step)
+    if valid is None:
+        return drawn
+    drawn = drawn.to(valid.device)
     rows = torch.argsort((~valid).to(torch.uint8), stable=True)
     order = torch.argsort((~valid[drawn]).to(torch.uint8), dim=-1, stable=True)
     permuted = torch.empty_like(drawn)
@@ -39,41 +52,115 @@ def draw_permutations(num_modalities: int, batch: int, seed: int, step: int, val
 
 
 class GlobalBatch:
-    """The global batch as this rank sees it: all rows of every modality, and which rows are its own.
+    """The global batch as this rank sees it: its own rows of the first modality, all rows of the others.
 
-    Gradients that reach the gathered rows are summed over the ranks in the backward pass.
+    So much is enough for every anchor's negatives: whatever has a row of the first modality as a factor belongs to the
+    rank that owns the row. Gradients that reach gathered rows are summed over the ranks in the backward pass. Invalid
+    rows become zeros, so that no value in them, not even NaN, reaches loss or gradients.
+
+    Raises ValueError, on all ranks alike, for tensors that do not fit each other or those of other ranks.
     """
 
-    def __init__(self, representations: list[Tensor], valid: Tensor | None, group: Group) -> None:
-        check_same_shape(representations)
-        if len(representations) < 2:
-            raise ValueError(f"a contrastive loss needs two or more modalities, got {len(representations)}")
+    def __init__(
+        self,
+        representations: list[Tensor],
+        valid: Tensor | None,
+        group: Group,
+        *,
+        description: str = "",
+        problem: str | None = None,
+        normalize: bool = False,
+    ) -> None:
+        """
+        Args:
+            representations: M tensors (n, D), this rank's rows.
+            valid: (n,) bool, or None: all are.
+            description: of whatever else all ranks have to agree on.
+            problem: a mistake that the caller has found, to be told on all ranks.
+            normalize: L2-normalise the rows.
+        """
+        problem = find_problem(representations, valid) or problem
+        check_agreement(f"{describe(representations)}, {description}", problem, group)
         self.group = group
         self.world_size = world_size(group)
         self.local_size = representations[0].shape[0]
-        if valid is None:
-            valid = torch.ones(self.local_size, dtype=torch.bool, device=representations[0].device)
-        if valid.shape != (self.local_size,) or valid.dtype != torch.bool:
-            raise ValueError(f"valid should be bool ({self.local_size},), is {valid.dtype} {tuple(valid.shape)}")
         self.size = self.local_size * self.world_size
-        first_row = rank(group) * self.local_size
-        self.rows = slice(first_row, first_row + self.local_size)
-        self.local = representations
-        self.local_valid = valid
-        # One collective for all modalities: (n, M, D) -> (N, M, D).
-        gathered = all_gather_with_gradient(torch.stack(representations, dim=1), group)
-        self.gathered = list(gathered.unbind(dim=1))
-        self.valid = all_gather(valid.to(torch.uint8), group).bool()
-        self.num_valid = self.valid.sum()
+        self.offset = rank(group) * self.local_size
+        self.rows = slice(self.offset, self.offset + self.local_size)
+        self.valid: Tensor | None = None
+        """(N,) bool, or None where all rows are known to be valid."""
+        if valid is not None:
+            representations = [torch.where(valid[:, None], tensor, 0) for tensor in representations]
+        if normalize:
+            representations = [F.normalize(tensor, dim=1) for tensor in representations]
+        if valid is not None or self.world_size > 1:
+            local = torch.ones_like(representations[0][:, 0], dtype=torch.uint8) if valid is None else valid.byte()
+            self.valid = all_gather(local, group).bool()
+        self.own = representations[0]
+        """(n, D): this rank's rows of modality 0."""
+        self.others = list(representations[1:])
+        """M - 1 tensors (N, D)."""
+        if self.world_size > 1:
+            # One collective for all: (n, M - 1, D) -> (N, M - 1, D).
+            gathered = all_gather_with_gradient(torch.stack(self.others, dim=1), group)
+            self.others = list(gathered.unbind(dim=1))
 
-    def finish(self, local_sum: Tensor) -> Tensor:
-        """From this rank's sum over its valid rows to the global loss, with gradients exact under averaging.
+    @property
+    def local_valid(self) -> Tensor | None:
+        """(n,) bool: of this rank's rows."""
+        return None if self.valid is None else self.valid[self.rows]
 
-        Trainers average gradients over ranks (DDP, ZeRO). The global loss is the sum of the ranks' shares, so each
-        rank back-propagates world_size times its share: for features and logit scale alike the average is then the
-        gradient of the global loss. The value is the global one on every rank.
+    def mean(self, values: Tensor, weights: Tensor | None) -> Tensor:
+        """From this rank's values to their mean over the global batch, with gradients exact under averaging.
+
+        Trainers average gradients over ranks (DDP, ZeRO). The mean is the sum of the ranks' shares, so each rank
+        back-propagates world_size times its share: for features and logit scale alike the average is then the
+        gradient of the mean. The value is the global one on every rank.
+
+        Args:
+            values: (A, n) per-sample values, for each of A anchors.
+            weights: (A, n), (n,) bool or None: which of them count. Each anchor's mean is over those that do, zero
+                where none does; the result is the mean over anchors.
         """
-        share = local_sum / self.num_valid.clamp(min=1)
+        if weights is None:
+            share = values.sum() / values[:1].numel() / self.world_size
+        else:
+            weights = weights.expand(values.shape)
+            counts = all_reduce_sum(weights.sum(dim=1), self.group).clamp(min=1)
+            share = (torch.where(weights, values, 0.0) / counts[:, None]).sum()
+        share = share / values.shape[0]
         total = all_reduce_sum(share, self.group)
         scaled = share * self.world_size
-        return scaled + (total - scaled).detach()
+        return total + (scaled - scaled.detach())  # to the last bit the same on every rank
+
+
+def describe(representations: list[Tensor]) -> str:
+    """What all ranks must have in common, in words."""
+    try:
+        first = representations[0]
+        return f"{len(representations)} representations of shape {tuple(first.shape)} and {first.dtype}"
+    except (TypeError, IndexError, AttributeError):
+        return "no representations"
+
+
+def find_problem(representations: list[Tensor], valid: Tensor | None) -> str | None:
+    """What is wrong with this rank's arguments, or None. Looks at shapes and types only, so no device is waited for."""
+    if not isinstance(representations, list | tuple) or not all(isinstance(r, Tensor) for r in representations):
+        return "representations should be a list of tensors (n, D), one per modality"
+    if len(representations) < 2:
+        return f"a contrastive loss needs two or more modalities, got {len(representations)}"
+    try:
+        check_same_shape(representations)
+    except ValueError as error:
+        return str(error)
+    first = representations[0]
+    if not first.numel():
+        return f"the representations are empty: their shape is {tuple(first.shape)}"
+    if valid is not None and not (
+        isinstance(valid, Tensor) and valid.shape == first.shape[:1] and valid.dtype == torch.bool
+    ):
+        kind = f"{valid.dtype} {tuple(valid.shape)}" if isinstance(valid, Tensor) else f"a {type(valid).__name__}"
+        return f"valid should be a bool tensor of shape ({first.shape[0]},), is {kind}"
+    if valid is not None and valid.device != first.device:
+        return f"valid is on {valid.device}, the representations are on {first.device}"
+    return None
