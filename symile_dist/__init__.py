@@ -13,6 +13,9 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "SymileLoss": "symile_dist.objectives.symile",
     "PairwiseClipLoss": "symile_dist.objectives.clip",
+    "PairwiseSigmoidLoss": "symile_dist.objectives.sigmoid",
+    "GramLoss": "symile_dist.objectives.geometry",
+    "TriangleLoss": "symile_dist.objectives.geometry",
     "MIPSimilarity": "symile_dist.similarity",
     "Batch": "symile_dist.types",
     "Outputs": "symile_dist.types",

@@ -150,6 +150,11 @@ class TrainConfig(Section):
     """Optimizer steps of the whole run."""
     global_batch_size: Annotated[int, Field(ge=2)]
     """Samples per step over all ranks: the pool of negatives."""
+    micro_batch_size: Positive | None = None
+    """Samples of a rank that the encoders hold at once: bounds memory at the price of a second forward pass, and leaves
+    the step as it is (GradCache). All of them when left out."""
+    freeze_batch_norm: bool = False
+    """Keep the running statistics of batch normalisations as they are; micro_batch_size asks for it."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the encoders; the objective is computed in fp32 in either."""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -235,6 +240,12 @@ class Config(Section):
     @property
     def world_size(self) -> int:
         return self.ray.num_workers
+
+    @property
+    def encoded_at_once(self) -> int:
+        """Samples of a rank that the encoders hold at once."""
+        local = self.train.global_batch_size // self.world_size
+        return min(self.train.micro_batch_size or local, local)
 
     def with_absolute_paths(self) -> Config:
         """The same config for processes with another working directory, and for a `resume` from another one."""

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from symile_dist.config import Config
 from symile_dist.distributed import host_group
 from symile_dist.model import TrainingModule
 from symile_dist.optim import learning_rate_factor, make_optimizer
-from symile_dist.types import Batch, StepReport
+from symile_dist.types import Batch, Outputs, Representation, StepReport
 
 
 class StepResult(NamedTuple):
@@ -82,6 +82,17 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def refuse_batch_norm(module: nn.Module) -> None:
+    """Raises ValueError where a sample's representation would depend on its micro-batch."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training:
+            raise ValueError(
+                f"train.micro_batch_size: '{name}' is a batch normalisation, whose statistics would be those of a "
+                "micro-batch and the step no longer that of the whole batch; set train.freeze_batch_norm=true to keep "
+                "its running statistics as they are, or use another normalisation"
+            )
+
+
 def copy_weights(module: TrainingModule, weights: dict[str, Tensor]) -> list[str]:
     """Copies weights by name where the shapes agree; returns the names. Raises ValueError when none fits."""
     copied = []
@@ -100,7 +111,8 @@ def copy_weights(module: TrainingModule, weights: dict[str, Tensor]) -> list[str
 class Engine:
     """One rank's training engine.
 
-    A step is `report = engine.forward(batch, step)`, `engine.backward(report.loss)`, `engine.step(step)`.
+    A step is `report = engine.forward(batch, step)`, `engine.backward(report.loss)`, `engine.step(step)`; in two passes
+    (`gradcache`) `encode` and `objective` stand for `forward`, and `backward` is called for each part.
     """
 
     def __init__(self, config: Config, device: torch.device, weights: dict[str, Tensor] | None = None) -> None:
@@ -112,6 +124,7 @@ class Engine:
         Raises ValueError for a component that does not exist, or weights none of which fits.
         """
         self.config, self.device = config, device
+        self._parts = 0  # backward passes of the step so far, while more are to come
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         deepspeed = import_deepspeed(device)
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
@@ -132,6 +145,9 @@ class Engine:
                 for group in optimizer.param_groups
             ]
             self.deepspeed, *_ = deepspeed.initialize(model=module.to(device), optimizer=optimizer, config=settings)
+        self.train()
+        if config.encoded_at_once * config.world_size < config.train.global_batch_size:
+            refuse_batch_norm(module)
 
     @property
     def module(self) -> TrainingModule:
@@ -139,13 +155,41 @@ class Engine:
 
     def train(self, mode: bool = True) -> None:
         self.deepspeed.train(mode)
+        for name, modality in self.config.modalities.items():
+            if modality.freeze:  # no dropout, no new statistics: it stays as it is
+                self.module.model.encoders[name].eval()
+        if self.config.train.freeze_batch_norm:
+            for part in self.module.modules():
+                if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                    part.eval()
 
     def forward(self, batch: Batch, step: int) -> StepReport:
         return self.deepspeed(batch.to(self.device), step)
 
-    def backward(self, loss: Tensor) -> None:
-        """Back-propagates; an infinite loss makes its gradients NaN, so that the check before the step sees it."""
+    def encode(self, batch: Batch) -> Outputs:
+        """The encoders alone."""
+        return self.deepspeed(batch.to(self.device), None)
+
+    def objective(self, batch: Batch, step: int, representations: dict[str, Representation]) -> StepReport:
+        """The objective alone, on representations of the whole batch."""
+        # A copy: ZeRO-3's hooks put tensors of their own into it.
+        return self.deepspeed(batch.to(self.device), step, dict(representations))
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Back-propagates; an infinite loss makes its gradients NaN, so that the check before the step sees it.
+
+        Args:
+            last: False where more calls for the same step follow; their gradients are added up.
+        """
+        if not last and self._parts == 0 and self.config.train.zero_stage == 3:
+            # ZeRO-3 overwrites the last step's gradients in the first part only, and there only those of parameters
+            # that take part in it: it would add the others' to what is left of the last step.
+            self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
+        self._parts = 0 if last else self._parts + 1
+        self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss * torch.where(torch.isfinite(loss), 1.0, torch.nan))
+        if not last:
+            self.deepspeed.step()  # takes no step, but counts: what follows is added and does not overwrite
 
     def step(self, step: int) -> StepResult:
         """Takes the optimizer step, or skips it on all ranks when any rank has a non-finite gradient."""

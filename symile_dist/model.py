@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from symile_dist.config import Config
 from symile_dist.registry import ENCODERS, OBJECTIVES, build, resolve
-from symile_dist.types import Batch, Inputs, Outputs, Padded, StepReport
+from symile_dist.types import Batch, Inputs, Outputs, Padded, Representation, StepReport
 
 
 class L2Normalize(nn.Module):
@@ -60,13 +60,17 @@ class MultimodalModel(nn.Module):
         # One element, not zero dimensions: DeepSpeed cannot broadcast a scalar parameter.
         self.logit_scale = nn.Parameter(torch.full((1,), config.model.logit_scale_init))
 
-    def forward(self, inputs: dict[str, Inputs]) -> Outputs:
+    def forward(self, inputs: dict[str, Inputs], representations: dict[str, Representation] | None = None) -> Outputs:
+        """Encodes the inputs, unless their representations are known already."""
+        scale = self.logit_scale.float().exp().squeeze(0)
+        if representations is not None:
+            return Outputs(representations, scale)
         representations = {}
         for name, encoder in self.encoders.items():
             emitted = encoder(_in_precision_of(encoder, inputs[name]))
             # A point set (WPSE) has a normalisation of its own, token by token.
             representations[name] = self.normalizations[name](emitted) if isinstance(emitted, Tensor) else emitted
-        return Outputs(representations, self.logit_scale.float().exp().squeeze(0))
+        return Outputs(representations, scale)
 
 
 def make_objective(config: Config) -> nn.Module:
@@ -100,5 +104,13 @@ class TrainingModule(nn.Module):
                     f"parameter '{name}' has no dimension, which DeepSpeed cannot shard; give it shape (1,)"
                 )
 
-    def forward(self, batch: Batch, step: int) -> StepReport:
-        return self.objective(self.model(batch.inputs), batch, step)
+    def forward(
+        self, batch: Batch, step: int | None, representations: dict[str, Representation] | None = None
+    ) -> StepReport | Outputs:
+        """The objective on the encoded batch.
+
+        In two parts for the two-pass step, both through here, where DeepSpeed's hooks are: without `step` only the
+        encoding, with `representations` only the objective.
+        """
+        outputs = self.model(batch.inputs, representations)
+        return outputs if step is None else self.objective(outputs, batch, step)

@@ -35,6 +35,9 @@ ENCODERS: dict[str, str] = {
 OBJECTIVES: dict[str, str] = {
     "symile": "symile_dist.objectives.symile:SymileObjective",
     "pairwise_clip": "symile_dist.objectives.clip:PairwiseClipObjective",
+    "pairwise_sigmoid": "symile_dist.objectives.sigmoid:PairwiseSigmoidObjective",
+    "gram": "symile_dist.objectives.geometry:GramObjective",
+    "triangle": "symile_dist.objectives.geometry:TriangleObjective",
 }
 
 

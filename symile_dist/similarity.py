@@ -1,13 +1,26 @@
-"""The multilinear inner product (MIP) and its kin: what objectives and evaluation share."""
+"""How alike vectors of several modalities are: what objectives and evaluation share.
+
+The multilinear inner product (MIP), the sum of pairwise inner products, and two measures of geometry: the volume that
+the vectors span and the area between them.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+SMALLEST_DETERMINANT = 1e-12
+"""Gram determinants of unit vectors are clamped to it, hence volumes to 1e-6.
+
+The square root has no gradient at zero, where the vectors are linearly dependent (all modalities equal, say), and
+rounding takes the determinant below. A clamped volume has the gradient zero: it is as small as it can be.
+"""
+SCORES_AT_ONCE = 2**22
 
 
 def elementwise_product(tensors: Sequence[Tensor]) -> Tensor:
@@ -64,6 +77,160 @@ class SumSimilarity:
         if self.normalize:
             candidates, *queries = (F.normalize(tensor, dim=-1) for tensor in (candidates, *queries))
         return sum(queries[1:], start=queries[0]) @ candidates.T
+
+
+class GeometricSimilarity(ABC):
+    """Scores by a distance among L2-normalised vectors, one per modality: the smaller, the more alike.
+
+    Not a torch module, for the reason given at `MIPSimilarity`. The distance does not depend on the order of the
+    vectors. Losses call its three methods with unit vectors (`unit_rows`).
+    """
+
+    def __call__(self, candidates: Tensor, queries: Sequence[Tensor]) -> Tensor:
+        """(K, D) candidates and one or more (Q, D) query representations -> (Q, K) scores: minus the distances.
+
+        They need not be normalised. Halves are computed, and scored, in float32. Raises ValueError without queries or
+        with unequal shapes.
+        """
+        check_same_shape(list(queries))
+        if candidates.shape[-1] != queries[0].shape[-1]:
+            raise ValueError(f"candidates have D = {candidates.shape[-1]}, queries D = {queries[0].shape[-1]}")
+        candidates, *queries = (unit_rows(tensor) for tensor in (candidates, *queries))
+        scores = candidates.new_empty((len(queries[0]), len(candidates)))
+        height = max(1, SCORES_AT_ONCE // max(1, len(candidates)))
+        for first in range(0, len(scores), height):
+            rows = slice(first, first + height)
+            scores[rows] = -self.between(candidates, self.of_tuples([query[rows] for query in queries])).T
+        return scores
+
+    @abstractmethod
+    def of_rows(self, vectors: Sequence[Tensor]) -> Tensor:
+        """Tensors (n, D) -> (n,): the distance among their rows of one number."""
+
+    @abstractmethod
+    def of_tuples(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors (N, D) -> what `between` needs of the N tuples that their rows of one number make: these tensors and
+        others of N rows."""
+
+    @abstractmethod
+    def between(self, vectors: Tensor, tuples: list[Tensor]) -> Tensor:
+        """(R, D) and the result of `of_tuples` -> (R, N): the distance among each vector and each tuple."""
+
+
+class VolumeSimilarity(GeometricSimilarity):
+    """Minus the volume that the candidate spans with the queries (GRAM, arXiv 2412.11959).
+
+    Vol = sqrt(det G), with G the Gram matrix of the unit vectors: 0 where they are linearly dependent, 1 where they are
+    orthogonal. With less than all other modalities at hand it is the volume of those that are.
+    """
+
+    def of_rows(self, vectors: Sequence[Tensor]) -> Tensor:
+        return _square_root(adjugate(_gram_matrices(vectors))[1])
+
+    def of_tuples(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The vectors; adj(H) (N, m, m) and det(H) (N,) of their Gram matrices H."""
+        adjugates, determinants = adjugate(_gram_matrices(vectors).double())
+        return [*vectors, adjugates.to(vectors[0].dtype), determinants.to(vectors[0].dtype)]
+
+    def between(self, vectors: Tensor, tuples: list[Tensor]) -> Tensor:
+        """By the Schur complement: det G = |a|^2 det H - x^T adj(H) x, where x_k is the product of a and vector k.
+
+        So a matrix (R, N) per modality of the tuples is all that is needed, and no M x M matrix per pair.
+        """
+        *others, adjugates, determinants = tuples
+        products = [vectors @ other.T for other in others]
+        result = torch.outer(vectors.square().sum(dim=1), determinants)
+        for k, product in enumerate(products):
+            # The matrix is symmetric: twice what is below its diagonal.
+            half = adjugates[:, k, k] * product
+            for smaller in range(k):
+                half = half + 2 * adjugates[:, k, smaller] * products[smaller]
+            result = result - product * half
+        return _square_root(result)
+
+
+class AreaSimilarity(GeometricSimilarity):
+    """Minus the area measure of the triangle whose corners are the candidate and two queries (TRIANGLE, NeurIPS 2025).
+
+    (|u|^2 |w|^2 - (u . w)^2) / 2, where u and w are the sides from one corner, whichever: twice the squared area of the
+    triangle, as TRIANGLE's public code has it. With a single query, minus the squared distance of the two.
+    """
+
+    def __call__(self, candidates: Tensor, queries: Sequence[Tensor]) -> Tensor:
+        """As `GeometricSimilarity.__call__`. Raises ValueError for more than two queries too."""
+        if len(queries) > 2:
+            raise ValueError(
+                f"the area of a triangle is among three modalities: one or two queries, got {len(queries)}"
+            )
+        return super().__call__(candidates, queries)
+
+    def of_rows(self, vectors: Sequence[Tensor]) -> Tensor:
+        corner, *others = vectors
+        sides = [corner - other for other in others]
+        squares = [side.square().sum(dim=1) for side in sides]
+        return squares[0] if len(sides) == 1 else _area(squares[0], squares[1], (sides[0] * sides[1]).sum(dim=1))
+
+    def of_tuples(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The vectors, their squares (N,), and the products (N,) of the two, if they are two."""
+        squares = [tensor.square().sum(dim=1) for tensor in vectors]
+        return [*vectors, *squares, *([(vectors[0] * vectors[1]).sum(dim=1)] if len(vectors) == 2 else [])]
+
+    def between(self, vectors: Tensor, tuples: list[Tensor]) -> Tensor:
+        square = vectors.square().sum(dim=1)[:, None]
+        if len(tuples) == 2:
+            return square + tuples[1] - 2 * vectors @ tuples[0].T
+        first, second, of_first, of_second, of_both = tuples
+        to_first, to_second = vectors @ first.T, vectors @ second.T
+        return _area(
+            square + of_first - 2 * to_first,
+            square + of_second - 2 * to_second,
+            square - to_first - to_second + of_both,
+        )
+
+
+def unit_rows(tensor: Tensor) -> Tensor:
+    """(n, D) -> the rows L2-normalised, in float32 or more. A row of zeros stays one, and gets the gradient zero."""
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+    return wide / torch.where(length > 1e-12, length, torch.inf)
+
+
+def adjugate(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, m, m) -> adj(A) (N, m, m) and det(A) (N,).
+
+    By the recursion of Faddeev and LeVerrier, which divides by no pivot: singular matrices are like any other, in the
+    gradient too.
+    """
+    size = matrices.shape[-1]
+    identity = torch.eye(size, dtype=matrices.dtype, device=matrices.device)
+    power, coefficient = identity.expand_as(matrices), matrices.new_ones(matrices.shape[:1])
+    for number in range(1, size + 1):
+        product = matrices @ power
+        coefficient = -product.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / number
+        if number < size:
+            power = product + coefficient[:, None, None] * identity
+    sign = 1 if size % 2 else -1
+    return sign * power, -sign * coefficient
+
+
+def _gram_matrices(vectors: Sequence[Tensor]) -> Tensor:
+    """m tensors (n, D) -> (n, m, m)."""
+    entries = {
+        (k, smaller): (vectors[k] * vectors[smaller]).sum(dim=1)
+        for k in range(len(vectors))
+        for smaller in range(k + 1)
+    }
+    rows = range(len(vectors))
+    return torch.stack([torch.stack([entries[max(k, q), min(k, q)] for q in rows], dim=1) for k in rows], dim=1)
+
+
+def _square_root(determinants: Tensor) -> Tensor:
+    return determinants.clamp(min=SMALLEST_DETERMINANT).sqrt()
+
+
+def _area(first: Tensor, second: Tensor, both: Tensor) -> Tensor:
+    """From the squares of two sides and their product."""
+    return (first * second - both.square()) / 2
 
 
 def check_same_shape(representations: Sequence[Tensor]) -> None:

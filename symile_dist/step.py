@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from symile_dist.engine import Engine, StepResult
+from symile_dist.gradcache import forward_backward
 from symile_dist.metrics.recorder import Recorder
 from symile_dist.types import Batch
 
@@ -24,10 +25,15 @@ def train_step(engine: Engine, batch: Batch, step: int, recorder: Recorder) -> T
     Args:
         step: number of the global batch, from 0; with the seed it decides the negatives and the learning rate.
     """
-    with recorder.phase("forward"):
-        report = engine.forward(batch, step)
-    with recorder.phase("backward"):
-        engine.backward(report.loss)
+    size = engine.config.encoded_at_once
+    if size < len(batch):
+        with recorder.phase("backward"):
+            report = forward_backward(engine, batch, step, size)
+    else:
+        with recorder.phase("forward"):
+            report = engine.forward(batch, step)
+        with recorder.phase("backward"):
+            engine.backward(report.loss)
     with recorder.phase("optimizer"):
         result = engine.step(step)
     return TrainedStep(report.loss.detach(), report.metrics, result)

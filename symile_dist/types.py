@@ -70,6 +70,11 @@ class Batch:
     """The first few of them in words: shard, row and reason."""
     bytes_read: int = 0
 
+    def rows(self, rows: slice) -> Batch:
+        """Some rows, with what encoders and objectives see of them; without labels and faults."""
+        part = self._map(lambda tensor: tensor[rows])
+        return replace(part, sample_ids=self.sample_ids[rows], labels=[], faults={}, fault_details=[], bytes_read=0)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         inputs: dict[str, Inputs] = {
             name: Padded(function(value.values), function(value.lengths))

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from symile_dist import gradcache
 from symile_dist.config import Config
 from symile_dist.data.loader import Loader, open_validation
 from symile_dist.distributed import all_gather, gather_objects, rank
 from symile_dist.engine import Engine
 from symile_dist.evaluation.retrieval import Similarity, class_numbers, directions, retrieval_accuracy
-from symile_dist.model import TrainingModule
 from symile_dist.similarity import MIPSimilarity
-from symile_dist.types import Batch, Outputs, StepReport
+from symile_dist.types import Batch, Representation, StepReport
 
 
 @dataclass
@@ -37,43 +38,25 @@ def similarity_of(objective: nn.Module) -> Similarity:
     return getattr(objective, "similarity", None) or MIPSimilarity()
 
 
-class _RecordRepresentations:
-    """Keeps what a module's model emits, so that one forward pass gives both loss and representations."""
-
-    def __init__(self, module: TrainingModule) -> None:
-        self.outputs: Outputs | None = None
-        self._handle = module.model.register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, inputs: object, outputs: Outputs) -> None:
-        self.outputs = outputs
-
-    def __enter__(self) -> _RecordRepresentations:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._handle.remove()
+Forward = Callable[[Batch, int], tuple[StepReport, dict[str, Representation]]]
 
 
 @torch.no_grad()
-def held_out_pass(
-    module: TrainingModule, forward: Callable[[Batch, int], StepReport], batches: Iterable[Batch]
-) -> HeldOut:
+def held_out_pass(forward: Forward, batches: Iterable[Batch]) -> HeldOut:
     """Runs every batch once, by all ranks in step. Batch t draws its negatives for step t, so passes are comparable."""
     losses: list[tuple[float, int, int]] = []
     representations: dict[str, list[Tensor]] = {}
     labels: list[str] = []
-    with _RecordRepresentations(module) as recorded:
-        for number, batch in enumerate(batches):
-            report = forward(batch, number)
-            assert recorded.outputs is not None
-            valid = all_gather(batch.valid.to(report.loss.device).to(torch.uint8)).bool().cpu()
-            losses.append((float(report.loss), int(valid.sum()), len(valid)))
-            for name, emitted in recorded.outputs.representations.items():
-                if not isinstance(emitted, Tensor):
-                    raise ValueError(f"modality '{name}' emits a point set; retrieval needs vectors")
-                representations.setdefault(name, []).append(all_gather(emitted.float()).cpu()[valid])
-            every_label = [label for part in gather_objects(batch.labels) for label in part]
-            labels += [label for label, there in zip(every_label, valid.tolist(), strict=True) if there]
+    for number, batch in enumerate(batches):
+        report, emitted = forward(batch, number)
+        valid = all_gather(batch.valid.to(report.loss.device).to(torch.uint8)).bool().cpu()
+        losses.append((float(report.loss), int(valid.sum()), len(valid)))
+        for name, vectors in emitted.items():
+            if not isinstance(vectors, Tensor):
+                raise ValueError(f"modality '{name}' emits a point set; retrieval needs vectors")
+            representations.setdefault(name, []).append(all_gather(vectors.float()).cpu()[valid])
+        every_label = [label for part in gather_objects(batch.labels) for label in part]
+        labels += [label for label, there in zip(every_label, valid.tolist(), strict=True) if there]
     counted = sum(count for _, count, _ in losses)
     full = [loss for loss, count, size in losses if count == size]
     return HeldOut(
@@ -105,7 +88,10 @@ class Validator:
             self.engine.train(False)
             try:
                 batches = Loader(self.dataset, self.config.data, 0, self.steps)
-                held_out = held_out_pass(self.engine.module, self.engine.forward, batches)
+                engine, size = self.engine, self.config.encoded_at_once
+                held_out = held_out_pass(
+                    partial(gradcache.forward, engine.encode, engine.objective, size=size), batches
+                )
                 values = {"loss": held_out.loss}
                 values |= bound_values(self.engine.module.objective, held_out, self.config.train.global_batch_size)
                 similarity = similarity_of(self.engine.module.objective)

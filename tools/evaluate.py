@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from symile_dist import gradcache
 from symile_dist.checkpoint.manifest import (
     CHECKPOINTS,
     CheckpointError,
@@ -100,7 +102,9 @@ def evaluate_run(
         ) from None
     module.eval()
     begin = time.perf_counter()
-    held_out = held_out_pass(module, module, batches)
+    # As many samples at once as a rank held in training.
+    forward = partial(gradcache.forward, partial(module, step=None), module, size=trained.encoded_at_once)
+    held_out = held_out_pass(forward, batches)
     similarity = similarity_of(module.objective)
     classes = class_numbers(held_out.labels)
     results: dict[str, Any] = {

@@ -10,7 +10,21 @@ What this project's trainer calls is an objective, an nn.Module `objective(outpu
 """
 
 from symile_dist.objectives.clip import PairwiseClipLoss, PairwiseClipObjective
+from symile_dist.objectives.geometry import GramLoss, GramObjective, TriangleLoss, TriangleObjective
+from symile_dist.objectives.sigmoid import PairwiseSigmoidLoss, PairwiseSigmoidObjective
 from symile_dist.objectives.symile import SymileLoss, SymileObjective
 from symile_dist.registry import OBJECTIVES
 
-__all__ = ["OBJECTIVES", "PairwiseClipLoss", "PairwiseClipObjective", "SymileLoss", "SymileObjective"]
+__all__ = [
+    "OBJECTIVES",
+    "GramLoss",
+    "GramObjective",
+    "PairwiseClipLoss",
+    "PairwiseClipObjective",
+    "PairwiseSigmoidLoss",
+    "PairwiseSigmoidObjective",
+    "SymileLoss",
+    "SymileObjective",
+    "TriangleLoss",
+    "TriangleObjective",
+]

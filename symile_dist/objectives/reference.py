@@ -14,7 +14,7 @@ from torch import Tensor
 
 from symile_dist.objectives.cube import draw_sheets
 from symile_dist.objectives.negatives import draw_permutations
-from symile_dist.similarity import elementwise_product, multilinear_inner_product
+from symile_dist.similarity import SMALLEST_DETERMINANT, elementwise_product, multilinear_inner_product
 
 
 def symile_loss_reference(
@@ -109,3 +109,71 @@ def pairwise_clip_loss_reference(
         logits = logit_scale * first @ second.T
         total = total + (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
     return total
+
+
+def pairwise_sigmoid_loss_reference(
+    representations: list[Tensor], logit_scale: Tensor, logit_bias: Tensor, valid: Tensor | None = None
+) -> Tensor:
+    """SigLIP's loss (arXiv 2303.15343, section 3.2), summed over the pairs of modalities.
+
+    Args:
+        logit_bias: what is added to the logits. The others as above.
+    """
+    if valid is not None:
+        representations = [tensor[valid] for tensor in representations]
+    size = len(representations[0])
+    signs = 2 * torch.eye(size, dtype=representations[0].dtype) - 1
+    total = representations[0].new_zeros(())
+    for first, second in combinations(representations, 2):
+        total = total - F.logsigmoid(signs * (logit_scale * first @ second.T + logit_bias)).sum() / size
+    return total
+
+
+def gram_loss_reference(
+    representations: list[Tensor],
+    logit_scale: Tensor,
+    valid: Tensor | None = None,
+    *,
+    anchor: int = 0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """GRAM's loss (arXiv 2412.11959), with the determinant of every Gram matrix; arguments as in `GramLoss`."""
+    anchors, others = _anchors_and_others(representations, valid, anchor)
+    # (N, N, M, D): entry [i, j] holds anchor i and the vectors of tuple j.
+    vectors = torch.stack(
+        [anchors[:, None].expand(-1, len(anchors), -1), *(o.expand(len(o), -1, -1) for o in others)], 2
+    )
+    determinants = torch.linalg.det(vectors @ vectors.mT)
+    return _symmetric_cross_entropy(-logit_scale * determinants.clamp(min=SMALLEST_DETERMINANT).sqrt(), label_smoothing)
+
+
+def triangle_loss_reference(
+    representations: list[Tensor],
+    logit_scale: Tensor,
+    valid: Tensor | None = None,
+    *,
+    anchor: int = 0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """TRIANGLE's loss, with every triangle's sides; arguments as in `TriangleLoss`."""
+    anchors, (first, second) = _anchors_and_others(representations, valid, anchor)
+    u, w = anchors[:, None] - first, anchors[:, None] - second  # (N, N, D)
+    area = (u.square().sum(-1) * w.square().sum(-1) - (u * w).sum(-1).square()) / 2
+    return _symmetric_cross_entropy(-logit_scale * area, label_smoothing)
+
+
+def _anchors_and_others(
+    representations: list[Tensor], valid: Tensor | None, anchor: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Valid rows, L2-normalised: of the anchor modality, and of the others."""
+    if valid is not None:
+        representations = [tensor[valid] for tensor in representations]
+    normalized = [F.normalize(tensor, dim=1) for tensor in representations]
+    return normalized[anchor], normalized[:anchor] + normalized[anchor + 1 :]
+
+
+def _symmetric_cross_entropy(logits: Tensor, label_smoothing: float) -> Tensor:
+    """(N, N) logits whose positives are on the diagonal -> the mean of the cross-entropies of rows and columns."""
+    labels = torch.arange(len(logits))
+    of_rows = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    return (of_rows + F.cross_entropy(logits.T, labels, label_smoothing=label_smoothing)) / 2

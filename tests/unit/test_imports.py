@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
     {"model", "run_directory"},
     {"optim", "preflight"},
     {"engine"},
+    {"gradcache"},
     {"validate"},
     {"step"},
     {"train"},

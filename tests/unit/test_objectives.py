@@ -232,7 +232,7 @@ def test_the_loss_depends_on_step_and_seed() -> None:
         ([torch.zeros(4, 3), torch.zeros(4, 3).double()], None, "representation 1 has dtype torch.float64"),
         ([torch.zeros(4, 3), torch.zeros(4, 3).long()], None, "dtype torch.int64; should be floating point"),
         ([torch.zeros(4, 3, 2), torch.zeros(4, 3, 2)], None, r"shape \(4, 3, 2\); should be \(n, D\)"),
-        ([torch.zeros(4, 3)] * 2, torch.ones(5, dtype=torch.bool), r"bool \(4,\), is torch.bool \(5,\)"),
+        ([torch.zeros(4, 3)] * 2, torch.ones(5, dtype=torch.bool), r"shape \(4,\), is torch.bool \(5,\)"),
         ([torch.zeros(4, 3)] * 2, torch.ones(4), r"valid should be a bool tensor of shape \(4,\), is torch.float32"),
     ],
 )  # fmt: skip
