@@ -42,7 +42,13 @@ class Negatives(Protocol):
 
 
 def contrastive_losses(
-    own: Tensor, others: list[Tensor], rows: slice, group: Group, negatives: Negatives, scale: Tensor
+    own: Tensor,
+    others: list[Tensor],
+    rows: slice,
+    group: Group,
+    negatives: Negatives,
+    scale: Tensor,
+    copies: Tensor | None = None,
 ) -> Tensor:
     """(M, n) float64: each anchor's loss for this rank's samples.
 
@@ -51,11 +57,15 @@ def contrastive_losses(
         others: M - 1 tensors (N, D).
         rows: this rank's rows of those.
         scale: scalar, what logits are multiplied with.
+        copies: (M, N) how often each anchor's positive is among its negatives, which leave it out; None: never.
     """
     positive, of_own, share = _Logits.apply(negatives, rows, scale, own, *others)
     of_others = _SumOverRanks.apply(share, rows, group)
-    # The threshold from which softplus is the identity: its default of 20 would cost float64 its last digits.
-    return F.softplus(torch.cat([of_own[None], of_others]) - positive, threshold=40)
+    difference = torch.cat([of_own[None], of_others]) - positive
+    # With c copies log(1 + c + exp(z - p)), where z leaves them out. The threshold is that from which softplus is the
+    # identity: its default of 20 would cost float64 its last digits.
+    counted_twice = 0.0 if copies is None else copies[:, rows].log1p()
+    return F.softplus(difference - counted_twice, threshold=40) + counted_twice
 
 
 def scale_problem(logit_scale: object) -> str | None:
@@ -101,8 +111,9 @@ class _Logits(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         own_in, others_in = _in_compute_precision(own), [_in_compute_precision(other) for other in others]
         scale_in = scale.to(torch.promote_types(own_in.dtype, torch.float32))
-        positive = _positives(own_in, [other[rows] for other in others_in]) * scale.double()
-        of_own, of_others = negatives.log_sum_exp(own_in, others_in, scale_in)
+        with torch.autocast(own.device.type, enabled=False):  # the precision of each product is chosen here
+            positive = _positives(own_in, [other[rows] for other in others_in]) * scale.double()
+            of_own, of_others = negatives.log_sum_exp(own_in, others_in, scale_in)
         ctx.negatives, ctx.rows = negatives, rows
         ctx.save_for_backward(scale, own, of_own, of_others, *others)
         return positive, of_own, of_others
@@ -115,7 +126,8 @@ class _Logits(torch.autograd.Function):
         own_in, others_in = _in_compute_precision(own), [_in_compute_precision(other) for other in others]
         scale_in = scale.to(torch.promote_types(own_in.dtype, torch.float32))
         weights = [Weight(of_sums[0], of_own), *map(Weight, of_sums[1], of_others)]
-        grad_own, grad_others = ctx.negatives.gradients(own_in, others_in, scale_in, weights)
+        with torch.autocast(own.device.type, enabled=False):
+            grad_own, grad_others = ctx.negatives.gradients(own_in, others_in, scale_in, weights)
         grad_own_rows = [grad_own, *(grad[ctx.rows] for grad in grad_others)]
         _add_gradient_of_positives(own_in, [other[ctx.rows] for other in others_in], of_positive, grad_own_rows)
         # All logits of this rank are linear in its own rows, so their gradients' sum over logits, which is what the
@@ -129,8 +141,9 @@ class _Logits(torch.autograd.Function):
 
 
 def _in_compute_precision(tensor: Tensor) -> Tensor:
-    """Halves as they are where the device multiplies them fast, else in float32."""
-    return tensor.float() if tensor.dtype.itemsize < 4 and tensor.device.type != "cuda" else tensor
+    """bf16 as it is on CUDA, which multiplies it fast; else float32 or more (fp16 cannot hold what is near 1 / N^2)."""
+    fast = tensor.dtype == torch.bfloat16 and tensor.device.type == "cuda"
+    return tensor if fast or tensor.dtype.itemsize >= 4 else tensor.float()
 
 
 def _row_blocks(n: int) -> list[slice]:

@@ -16,10 +16,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from symile_dist.objectives.exponentials import Weight
 
 try:
     import triton  # type: ignore
@@ -74,6 +77,17 @@ GRADIENT_LIMIT = 60000.0
 def available() -> bool:
     """Whether Triton is installed, without which `log_sum_exp` and `gradients` raise ValueError."""
     return triton is not None
+
+
+def why_not(representation: Tensor) -> str | None:
+    """Why the kernels cannot work on a tensor like this one, or None."""
+    if not available():
+        return "backend 'triton' needs Triton (pip install triton); use backend='auto'"
+    if representation.device.type != "cuda" and not INTERPRETED:
+        return f"backend 'triton' needs a CUDA device, the representations are on {representation.device}"
+    if representation.dtype.itemsize > 4:
+        return f"backend 'triton' is for bf16, fp16 and fp32, not {representation.dtype}; use backend='chunks'"
+    return None
 
 
 # Triton compiles anew for an integer that is 1 or a multiple of 16: not for these, which change from launch to launch.
@@ -534,6 +548,28 @@ def gradients(
             )
             second_gradient[slabs] += second_parts.sum(0)
     return [gradient.mul_(unit) for gradient in (own_gradient, second_gradient, third_gradient)]
+
+
+@dataclass
+class TritonCube:
+    """`cube.Cube` of three modalities by the fused kernels. The host waits for nothing: the device reads `bounded`.
+
+    Raises ValueError as `log_sum_exp` does.
+    """
+
+    offset: int
+    valid: Tensor | None
+    bounded: Tensor
+
+    def log_sum_exp(self, own: Tensor, others: list[Tensor], scale: Tensor) -> tuple[Tensor, Tensor]:
+        flags = None if self.valid is None else self.valid.float()
+        return log_sum_exp(own, others, scale, flags, self.offset, self.bounded)
+
+    def gradients(
+        self, own: Tensor, others: list[Tensor], scale: Tensor, weights: list[Weight]
+    ) -> tuple[Tensor, list[Tensor]]:
+        grad_own, *grad_others = gradients(own, others, scale, self.offset, self.bounded, weights)
+        return grad_own, grad_others
 
 
 def _combined(tops: Tensor, sums: Tensor) -> Tensor:

@@ -4,6 +4,10 @@ For anchor m, combination j is the product of the other modalities' rows p_{m,k}
 global batch per anchor and other modality (Symile, arXiv 2411.01053, algorithm 1). Anchor 0 is partitioned over the
 ranks by rows, the others by columns: a rank takes the combinations whose factor of modality 0 is one of its rows. So
 modality 0 is not gathered, and every rank does 1 / world_size of the work.
+
+About one combination per anchor and batch is by accident the positive of some row, and counts among its negatives
+(as in the paper's code). Its gradient is then the positive's with the other sign; as a difference of two float32
+numbers it would drown what is left. So it is kept out of the sums as the positive is, and counted (`copies`).
 """
 
 from __future__ import annotations
@@ -35,15 +39,35 @@ class Permuted:
     permutations: Tensor
     """(M, M, N) int64, of `negatives.draw_permutations`."""
 
+    def copies(self) -> Tensor:
+        """(M, N) float64: how often each anchor has its positive among its negatives."""
+        number, size = self.permutations.shape[0], self.permutations.shape[2]
+        counts = torch.zeros((number, size), dtype=torch.float64, device=self.permutations.device)
+        columns = torch.arange(size, device=self.permutations.device)
+        for anchor in range(number):
+            whose = self._positive_of(anchor, columns)
+            # On its own column the row's positive stands anyway.
+            counts[anchor].scatter_add_(0, whose.clamp(min=0), ((whose >= 0) & (whose != columns)).double())
+        return counts
+
+    def _positive_of(self, anchor: int, columns: Tensor) -> Tensor:
+        """(C,) the row whose positive a combination is, or -1."""
+        rows = self.permutations[anchor][[m for m in range(len(self.permutations)) if m != anchor]][:, columns]
+        same = (rows == rows[0]).all(dim=0)
+        if self.valid is not None:
+            same = same & self.valid[columns]
+        return torch.where(same, rows[0], -1)
+
     def log_sum_exp(self, own: Tensor, others: list[Tensor], scale: Tensor) -> tuple[Tensor, Tensor]:
         found = []
         for anchor in range(len(others) + 1):
             rows, first_row = (own, self.offset) if anchor == 0 else (others[anchor - 1], 0)
             sums = rows.new_full((len(rows),), -torch.inf, dtype=torch.float64)
             for columns in self._columns(anchor, len(own), len(others[0])):
+                of_positives = self._positive_of(anchor, columns)
                 products = elementwise_product([t[r] for t, r in self._factors(anchor, columns, own, others)]) * scale
                 for at in self._row_blocks(rows, len(columns)):
-                    logits = self._logits(rows[at], products, columns, at, first_row)
+                    logits = self._logits(rows[at], products, columns, of_positives, at, first_row)
                     sums[at] = torch.logaddexp(sums[at], log_sum_exp(logits, dim=1))
             found.append(sums)
         return found[0], torch.stack(found[1:])
@@ -58,13 +82,14 @@ class Permuted:
             grad_rows = grad_own if anchor == 0 else grad_others[anchor - 1]
             factor, of = rounded(weight, kind)
             for columns in self._columns(anchor, len(own), len(others[0])):
+                of_positives = self._positive_of(anchor, columns)
                 factors = self._factors(anchor, columns, own, others)
                 values = [tensor[at] for tensor, at in factors]
                 products = elementwise_product(values)
                 scaled = products * scale
                 grad_products = torch.zeros_like(products, dtype=kind)
                 for at in self._row_blocks(rows, len(columns)):
-                    logits = self._logits(rows[at], scaled, columns, at, first_row)
+                    logits = self._logits(rows[at], scaled, columns, of_positives, at, first_row)
                     gradient = logits.sub_(of[at, None]).exp_().mul_(factor[at, None]).to(rows.dtype)
                     grad_rows[at] += matmul(gradient, products)
                     grad_products += matmul(gradient.T, rows[at])
@@ -99,11 +124,13 @@ class Permuted:
         height = max(1, limit // columns)
         return [slice(first, min(len(rows), first + height)) for first in range(0, len(rows), height)]
 
-    def _logits(self, rows: Tensor, products: Tensor, columns: Tensor, at: slice, first_row: int) -> Tensor:
-        """(R, D) rows, (C, D) scaled products -> (R, C) logits, -inf where a positive belongs or a slot is invalid."""
+    def _logits(
+        self, rows: Tensor, products: Tensor, columns: Tensor, of_positives: Tensor, at: slice, first_row: int
+    ) -> Tensor:
+        """(R, D) rows, (C, D) scaled products -> (R, C) logits, -inf for positives, their copies and invalid slots."""
         logits = matmul(rows, products.T)
-        numbers = torch.arange(first_row + at.start, first_row + at.stop, device=rows.device)
-        hidden = numbers[:, None] == columns
+        numbers = torch.arange(first_row + at.start, first_row + at.stop, device=rows.device)[:, None]
+        hidden = (numbers == columns) | (numbers == of_positives)
         if self.valid is not None:
             hidden |= ~self.valid[columns]
         return logits.masked_fill_(hidden, -torch.inf)

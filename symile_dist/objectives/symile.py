@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from symile_dist.distributed import Group, all_gather, all_gather_with_gradient, world_size
+from symile_dist.objectives import cube_triton
 from symile_dist.objectives.clip import sum_over_pairs
 from symile_dist.objectives.contrast import Negatives, as_scale, contrastive_losses, counted, make_cube, scale_problem
 from symile_dist.objectives.cube import MAX_NEGATIVES, draw_sheets, sheets_problem
@@ -127,7 +128,8 @@ class SymileLoss:
             loss = self._reference(batch, mip_scale, step, present)
         else:
             negatives = self._negatives(batch, mip_scale, step)
-            losses = contrastive_losses(batch.own, batch.others, batch.rows, batch.group, negatives, mip_scale)
+            copies = negatives.copies() if isinstance(negatives, Permuted) else None
+            losses = contrastive_losses(batch.own, batch.others, batch.rows, batch.group, negatives, mip_scale, copies)
             loss = batch.mean(losses, counted(batch.local_valid, present))
         if self.pairwise_weight:
             loss = loss + self.pairwise_weight * sum_over_pairs(batch, scale, present)
@@ -155,6 +157,8 @@ class SymileLoss:
             permutations = draw_permutations(number, batch.size, self.seed, step, batch.valid)
             return Permuted(batch.offset, batch.valid, permutations.to(batch.own.device))
         cube = make_cube(batch, representations, scale)
+        if self.backend == "triton":
+            return cube_triton.TritonCube(cube.offset, cube.valid, cube.bounded)
         if self.negative_sampling == "sheets":
             assert step is not None and self.sheets is not None
             cube.drawn, cube.weight = draw_sheets(self.sheets, batch.size, number, self.seed, step)
@@ -188,8 +192,10 @@ class SymileLoss:
                 f"negative_sampling='n_squared' at a global batch of {size} and {number} modalities means "
                 f"{size ** (number - 1):.1e} negatives per anchor, more than can be computed; use 'sheets' or 'n'"
             )
-        if self.backend == "triton" and number != 3:
-            return f"backend 'triton' is for three modalities, got {number}; use backend='auto'"
+        if self.backend == "triton":
+            if number != 3:
+                return f"backend 'triton' is for three modalities, got {number}; use backend='auto'"
+            return cube_triton.why_not(representations[0])
         return None
 
 
