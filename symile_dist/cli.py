@@ -150,6 +150,45 @@ def _shards_index(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _benchmark_objective(options: argparse.Namespace) -> int:
+    from symile_dist.tools.benchmark import benchmark_objective, benchmark_tables
+
+    results = benchmark_objective(
+        options.shapes,
+        threads=options.threads,
+        repeats=options.repeats,
+        world_size=options.world_size,
+        device=options.device,
+        dtype=options.dtype,
+        negative_sampling=options.negative_sampling,
+        sheets=options.sheets,
+        out=options.out,
+    )
+    if options.json:
+        _print_json(results)
+    else:
+        _print_table(benchmark_tables(results))
+    return EXIT_OK
+
+
+def _benchmark_parity(options: argparse.Namespace) -> int:
+    from symile_dist.tools.parity import measure_parity, parity_table
+
+    results = measure_parity(options.world_size)
+    if options.json:
+        _print_json(results)
+    else:
+        _print_table(parity_table(results))
+    return EXIT_OK
+
+
+def _print_table(table: Any) -> None:
+    from rich.console import Console
+
+    # A pipe or a file has no width: wide enough for one line per row.
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+
+
 def _demo(options: argparse.Namespace) -> int:
     from symile_dist.tools.demo import run_demo
 
@@ -277,6 +316,47 @@ def build_parser() -> argparse.ArgumentParser:
     )
     index.add_argument("directories", metavar="DIR", nargs="+", type=Path)
     index.add_argument("--force", action="store_true", help="read every shard again, also those with an index")
+
+    benchmark = commands.add_parser("benchmark", help="Measure the objective against other implementations.")
+    benchmark_commands = benchmark.add_subparsers(metavar="COMMAND", required=True)
+    objective = _command(
+        benchmark_commands,
+        "objective",
+        _benchmark_objective,
+        "Symile's loss against the published package, a naive cube and torch.mm: time, memory, bytes on the network.",
+        "symile-dist benchmark objective --shapes 128x256,256x512 --threads 1 --out benchmark.json",
+    )
+    objective.add_argument(
+        "--shapes", nargs="+", default=["256x512"], metavar="NxD", help="global batch by dimension (default: 256x512)"
+    )
+    objective.add_argument("--threads", type=int, default=1, help="of torch, on the CPU (default: 1)")
+    objective.add_argument("--repeats", type=int, default=5, help="each figure is their median (default: 5)")
+    objective.add_argument(
+        "--world-size",
+        type=int,
+        default=2,
+        metavar="W",
+        help="processes for counting bytes; times are of one process (default: 2; 1: no counting)",
+    )
+    objective.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
+    objective.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="default: fp32")
+    objective.add_argument(
+        "--negative-sampling",
+        nargs="+",
+        default=["n_squared"],
+        choices=["n", "n_squared", "sheets"],
+        help="which negatives to measure (default: n_squared)",
+    )
+    objective.add_argument("--sheets", type=int, metavar="S", help="of 'sheets' (default: a sixteenth of N)")
+    objective.add_argument("--out", metavar="FILE", help="also write the figures there, as JSON")
+    parity = _command(
+        benchmark_commands,
+        "parity",
+        _benchmark_parity,
+        "The gradient under DDP against one process's: ours and the schemes of other projects, measured over gloo.",
+        "symile-dist benchmark parity --world-size 4",
+    )
+    parity.add_argument("--world-size", type=int, default=4, metavar="W", help="processes, 2 to 8 (default: 4)")
 
     demo = _command(
         commands,

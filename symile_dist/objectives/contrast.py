@@ -60,7 +60,7 @@ def contrastive_losses(
         copies: (M, N) how often each anchor's positive is among its negatives, which leave it out; None: never.
     """
     positive, of_own, share = _Logits.apply(negatives, rows, scale, own, *others)
-    of_others = _SumOverRanks.apply(share, rows, group)
+    of_others = SumOverRanks.apply(share, rows, group)
     difference = torch.cat([of_own[None], of_others]) - positive
     # With c copies log(1 + c + exp(z - p)), where z leaves them out. The threshold is that from which softplus is the
     # identity: its default of 20 would cost float64 its last digits.
@@ -109,7 +109,7 @@ class _Logits(torch.autograd.Function):
     def forward(
         ctx: Any, negatives: Negatives, rows: slice, scale: Tensor, own: Tensor, *others: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        own_in, others_in = _in_compute_precision(own), [_in_compute_precision(other) for other in others]
+        own_in, others_in = in_compute_precision(own), [in_compute_precision(other) for other in others]
         scale_in = scale.to(torch.promote_types(own_in.dtype, torch.float32))
         with torch.autocast(own.device.type, enabled=False):  # the precision of each product is chosen here
             positive = _positives(own_in, [other[rows] for other in others_in]) * scale.double()
@@ -123,7 +123,7 @@ class _Logits(torch.autograd.Function):
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
         of_positive, *of_sums = incoming
         scale, own, of_own, of_others, *others = ctx.saved_tensors
-        own_in, others_in = _in_compute_precision(own), [_in_compute_precision(other) for other in others]
+        own_in, others_in = in_compute_precision(own), [in_compute_precision(other) for other in others]
         scale_in = scale.to(torch.promote_types(own_in.dtype, torch.float32))
         weights = [Weight(of_sums[0], of_own), *map(Weight, of_sums[1], of_others)]
         with torch.autocast(own.device.type, enabled=False):
@@ -140,7 +140,7 @@ class _Logits(torch.autograd.Function):
         return None, None, grad_scale, *gradients
 
 
-def _in_compute_precision(tensor: Tensor) -> Tensor:
+def in_compute_precision(tensor: Tensor) -> Tensor:
     """bf16 as it is on CUDA, which multiplies it fast; else float32 or more (fp16 cannot hold what is near 1 / N^2)."""
     fast = tensor.dtype == torch.bfloat16 and tensor.device.type == "cuda"
     return tensor if fast or tensor.dtype.itemsize >= 4 else tensor.float()
@@ -173,7 +173,7 @@ def _inner_product(left: Tensor, right: Tensor) -> Tensor:
     )
 
 
-class _SumOverRanks(torch.autograd.Function):
+class SumOverRanks(torch.autograd.Function):
     """The ranks' shares of log-sum-exps -> this rank's samples' log-sum-exps over all ranks.
 
     O(N) numbers over the network: two all-reduces forward, one all-gather backward.

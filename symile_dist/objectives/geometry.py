@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from symile_dist.distributed import Group
-from symile_dist.objectives.contrast import POSITIVE_ROWS, _SumOverRanks, as_scale, scale_problem
+from symile_dist.objectives.contrast import POSITIVE_ROWS, SumOverRanks, as_scale, scale_problem
 from symile_dist.objectives.exponentials import Weight, log_sum_exp, rounded
 from symile_dist.objectives.health import contrastive_health
 from symile_dist.objectives.negatives import GlobalBatch, find_problem
@@ -54,7 +54,7 @@ class _GeometricLoss:
     ) -> Tensor:
         """The global loss, the same on every rank; its gradient is exact once averaged over the ranks.
 
-        Halves are computed in float32; sums over the batch and logits of positives are float64.
+        Halves are computed in float32, under autocast too; sums over the batch and logits of positives are float64.
 
         Args:
             representations: M tensors (n, D), this rank's rows, normalised here; the same n on every rank.
@@ -85,7 +85,7 @@ class _GeometricLoss:
         tuples = self.similarity.of_tuples(others)
         positive = -scale.double() * _of_rows(self.similarity, [own, *(other[batch.rows] for other in others)])
         of_own, share, sums = _Logits.apply(self.similarity, batch.valid, batch.offset, scale, own, *tuples)
-        of_tuples = _SumOverRanks.apply(share[None], batch.rows, batch.group)
+        of_tuples = SumOverRanks.apply(share[None], batch.rows, batch.group)
         # The threshold from which softplus is the identity: its default of 20 would cost float64 its last digits.
         losses = F.softplus(torch.cat([of_own[None], of_tuples]) - positive, threshold=40)
         if self.label_smoothing:
@@ -157,12 +157,13 @@ class _Logits(torch.autograd.Function):
         of_tuples = own.new_full((len(tuples[0]),), -torch.inf, dtype=torch.float64)
         sums = torch.empty_like(of_own)
         flags = _flags(valid, tuples[0])
-        for rows in _tiles(own, tuples[0]):
-            logits = similarity.between(own[rows], list(tuples)) * -scale
-            sums[rows] = torch.mv(logits, flags).double()
-            _hide(logits, valid, offset + rows.start)
-            of_own[rows] = log_sum_exp(logits, dim=1)
-            of_tuples = torch.logaddexp(of_tuples, log_sum_exp(logits, dim=0))
+        with torch.autocast(own.device.type, enabled=False):  # of a determinant bfloat16 leaves nothing
+            for rows in _tiles(own, tuples[0]):
+                logits = similarity.between(own[rows], list(tuples)) * -scale
+                sums[rows] = torch.mv(logits, flags).double()
+                _hide(logits, valid, offset + rows.start)
+                of_own[rows] = log_sum_exp(logits, dim=1)
+                of_tuples = torch.logaddexp(of_tuples, log_sum_exp(logits, dim=0))
         ctx.similarity, ctx.valid, ctx.offset = similarity, valid, offset
         ctx.save_for_backward(scale, own, of_own, of_tuples, *tuples)
         return of_own, of_tuples, sums
@@ -176,19 +177,20 @@ class _Logits(torch.autograd.Function):
         weight_sums, flags = incoming[2].to(own.dtype), _flags(ctx.valid, tuples[0])
         grad_scale = scale.new_zeros((), dtype=torch.float64)
         grad_own, grad_tuples = torch.empty_like(own), [torch.zeros_like(tensor) for tensor in tuples]
-        for rows in _tiles(own, tuples[0]):
-            leaves = [tensor.detach().requires_grad_() for tensor in (own[rows], *tuples)]
-            with torch.enable_grad():
-                distances = ctx.similarity.between(leaves[0], leaves[1:])
-            logits = distances.detach() * -scale
-            _hide(logits, ctx.valid, ctx.offset + rows.start)
-            gradient = (logits - of_own[rows, None]).exp_().mul_(weight_own[rows, None])
-            gradient += logits.sub_(of_tuples).exp_().mul_(weight_tuples)
-            gradient += torch.outer(weight_sums[rows], flags)
-            grad_scale -= (gradient * distances.detach()).sum(dtype=torch.float64)
-            grad_own[rows], *found = torch.autograd.grad(distances, leaves, gradient.mul_(-scale))
-            for grad, of_tile in zip(grad_tuples, found, strict=True):
-                grad += of_tile
+        with torch.autocast(own.device.type, enabled=False):
+            for rows in _tiles(own, tuples[0]):
+                leaves = [tensor.detach().requires_grad_() for tensor in (own[rows], *tuples)]
+                with torch.enable_grad():
+                    distances = ctx.similarity.between(leaves[0], leaves[1:])
+                logits = distances.detach() * -scale
+                _hide(logits, ctx.valid, ctx.offset + rows.start)
+                gradient = (logits - of_own[rows, None]).exp_().mul_(weight_own[rows, None])
+                gradient += logits.sub_(of_tuples).exp_().mul_(weight_tuples)
+                gradient += torch.outer(weight_sums[rows], flags)
+                grad_scale -= (gradient * distances.detach()).sum(dtype=torch.float64)
+                grad_own[rows], *found = torch.autograd.grad(distances, leaves, gradient.mul_(-scale))
+                for grad, of_tile in zip(grad_tuples, found, strict=True):
+                    grad += of_tile
         return None, None, None, grad_scale.to(scale.dtype), grad_own, *grad_tuples
 
 

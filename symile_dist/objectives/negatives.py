@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from symile_dist.distributed import (
@@ -18,7 +17,7 @@ from symile_dist.distributed import (
     world_size,
 )
 from symile_dist.seeding import permutation
-from symile_dist.similarity import check_same_shape
+from symile_dist.similarity import check_same_shape, unit_rows
 
 
 @lru_cache(maxsize=4)
@@ -92,7 +91,7 @@ class GlobalBatch:
         if valid is not None:
             representations = [torch.where(valid[:, None], tensor, 0) for tensor in representations]
         if normalize:
-            representations = [F.normalize(tensor, dim=1) for tensor in representations]
+            representations = [unit_rows(tensor).to(tensor.dtype) for tensor in representations]
         if valid is not None or self.world_size > 1:
             local = torch.ones_like(representations[0][:, 0], dtype=torch.uint8) if valid is None else valid.byte()
             self.valid = all_gather(local, group).bool()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from symile_dist.distributed import Group
-from symile_dist.objectives.contrast import as_scale, scale_problem
+from symile_dist.objectives.contrast import as_scale, in_compute_precision, scale_problem
 from symile_dist.objectives.cube import matmul
 from symile_dist.objectives.health import contrastive_health
 from symile_dist.objectives.negatives import GlobalBatch
@@ -49,7 +49,8 @@ class PairwiseSigmoidLoss:
     ) -> Tensor:
         """The global loss, the same on every rank; its gradient is exact once averaged over the ranks.
 
-        bfloat16 is multiplied as it is on CUDA, halves else in float32; sums over the batch are float64.
+        bfloat16 is multiplied as it is on CUDA, halves else in float32, under autocast too; sums over the batch are
+        float64.
 
         Args:
             representations: M tensors (n, D), this rank's rows; the same n on every rank.
@@ -110,31 +111,33 @@ class _Losses(torch.autograd.Function):
     ) -> Tensor:
         ctx.valid, ctx.offset = valid, offset
         ctx.save_for_backward(scale, bias, own, other)
-        own_in, other_in = _in_compute_precision(own), _in_compute_precision(other)
+        own_in, other_in = in_compute_precision(own), in_compute_precision(other)
         losses = own.new_empty((len(own),), dtype=torch.float64)
-        for rows, logits in _tiles(own_in, other_in, scale, bias, valid, offset):
-            # The threshold from which softplus is the identity: its default of 20 would cost float64 its last digits.
-            losses[rows] = F.softplus(logits, threshold=40).sum(dim=1, dtype=torch.float64)
+        # The threshold from which softplus is the identity: its default of 20 would cost float64 its last digits.
+        with torch.autocast(own.device.type, enabled=False):  # the precision of each product is chosen here
+            for rows, logits in _tiles(own_in, other_in, scale, bias, valid, offset):
+                losses[rows] = F.softplus(logits, threshold=40).sum(dim=1, dtype=torch.float64)
         return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
         scale, bias, own, other = ctx.saved_tensors
-        own_in, other_in = _in_compute_precision(own), _in_compute_precision(other)
+        own_in, other_in = in_compute_precision(own), in_compute_precision(other)
         kind = scale.dtype
         weights = incoming[0].to(kind)
         grad_scale, grad_bias = (scale.new_zeros((), dtype=torch.float64) for _ in range(2))
         grad_own, grad_other = torch.empty_like(own, dtype=kind), torch.zeros_like(other, dtype=kind)
-        for rows, logits in _tiles(own_in, other_in, scale, bias, ctx.valid, ctx.offset):
-            gradient = logits.sigmoid_().mul_(weights[rows, None])
-            gradient.diagonal(ctx.offset + rows.start).neg_()
-            grad_bias += gradient.sum(dtype=torch.float64)
-            gradient = gradient.to(own_in.dtype)
-            grad_own[rows] = matmul(gradient, other_in)
-            grad_other += matmul(gradient.T, own_in[rows])
-            # The logits but for the bias are linear in own rows: Euler's theorem on homogeneous functions.
-            grad_scale += (grad_own[rows] * own_in[rows]).sum(dtype=torch.float64)
+        with torch.autocast(own.device.type, enabled=False):
+            for rows, logits in _tiles(own_in, other_in, scale, bias, ctx.valid, ctx.offset):
+                gradient = logits.sigmoid_().mul_(weights[rows, None])
+                gradient.diagonal(ctx.offset + rows.start).neg_()
+                grad_bias += gradient.sum(dtype=torch.float64)
+                gradient = gradient.to(own_in.dtype)
+                grad_own[rows] = matmul(gradient, other_in)
+                grad_other += matmul(gradient.T, own_in[rows])
+                # The logits but for the bias are linear in own rows: Euler's theorem on homogeneous functions.
+                grad_scale += (grad_own[rows] * own_in[rows]).sum(dtype=torch.float64)
         gradients = [grad.mul_(scale).to(own.dtype) for grad in (grad_own, grad_other)]
         return None, None, grad_scale.to(kind), grad_bias.to(kind), *gradients
 
@@ -152,9 +155,3 @@ def _tiles(
         logits = matmul(own[rows], other.T).mul_(scale).add_(bias)
         logits.diagonal(offset + first).neg_()
         yield rows, logits if valid is None else logits.masked_fill_(~valid, -torch.inf)
-
-
-def _in_compute_precision(tensor: Tensor) -> Tensor:
-    """bfloat16 as it is on CUDA, other halves in float32: most negatives' gradients are too small for float16."""
-    fast = tensor.dtype == torch.bfloat16 and tensor.device.type == "cuda"
-    return tensor if fast else tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -10,9 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from symile_dist import similarity
-from symile_dist.objectives import GramLoss, GramObjective, TriangleLoss, TriangleObjective, geometry
+from symile_dist.objectives import (
+    GramLoss,
+    GramObjective,
+    PairwiseSigmoidLoss,
+    TriangleLoss,
+    TriangleObjective,
+    geometry,
+    sigmoid,
+)
 from symile_dist.objectives.reference import gram_loss_reference, triangle_loss_reference
 from symile_dist.registry import OBJECTIVES, build
 from symile_dist.similarity import AreaSimilarity, VolumeSimilarity, adjugate, unit_rows
@@ -24,7 +33,8 @@ VALID = {
     "first only": [True] + [False] * 7,
     "none": [False] * 8,
 }
-ROWS = {"all rows at once": 8, "three rows at once": 3, "one row at once": 1}
+TILES = [(8, 0.0), (8, 0.1), (3, 0.1), (1, 0.0)]
+"""Rows at once, and label_smoothing."""
 Loss = Callable[..., Tensor]
 FAST: dict[str, Any] = {"gram": GramLoss, "triangle": TriangleLoss}
 REFERENCE: dict[str, Loss] = {"gram": gram_loss_reference, "triangle": triangle_loss_reference}
@@ -65,14 +75,13 @@ def check(got: list[Tensor], want: list[Tensor], tolerance: float = 1e-12) -> No
 # -- fast = reference ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("rows", "smoothing"), TILES)
 @pytest.mark.parametrize("valid", ["all", "some", "first only"])
 @pytest.mark.parametrize(("name", "number"), CASES)
 def test_fast_equals_reference_in_loss_and_gradients(
-    name: str, number: int, valid: str, smoothing: float, rows: str, monkeypatch: pytest.MonkeyPatch
+    name: str, number: int, valid: str, smoothing: float, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(geometry.LOGITS, "cpu", ROWS[rows] * 8)
+    monkeypatch.setitem(geometry.LOGITS, "cpu", rows * 8)
     tensors = representations(number)
     for anchor in range(number):
         options = {"anchor": anchor, "label_smoothing": smoothing}
@@ -136,6 +145,13 @@ def test_gradients_agree_with_finite_differences(name: str, number: int) -> None
         return FAST[name](label_smoothing=0.1)(list(parts), log_scale.exp(), valid=valid)
 
     assert torch.autograd.gradcheck(loss, (scale(), *representations(number, batch=4, dimension=4)))
+
+
+def test_losses_of_wrong_answers_keep_their_digits() -> None:
+    # Each anchor equals the other one's tuple: log(1 + exp(x)), x the difference of the two logits, is all but x.
+    anchors = torch.eye(2, dtype=torch.float64)
+    loss = GramLoss()([anchors, anchors.flip(0)], 21.0).item()
+    assert loss - 21.0 * (1 - 1e-6) == pytest.approx(math.log1p(math.exp(-21.0 * (1 - 1e-6))), rel=1e-4)
 
 
 # -- degenerate vectors ----------------------------------------------------------------------------------------------
@@ -220,6 +236,60 @@ def test_a_batch_without_one_valid_row_has_finite_zero_gradients(name: str, numb
         assert not value.any() and torch.isfinite(value).all()
 
 
+# -- devices and memory ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [GramLoss(), TriangleLoss(), PairwiseSigmoidLoss()])
+def test_autocast_does_not_reach_the_losses(loss: Any) -> None:
+    found = []
+    for enabled in (False, True):
+        tensors = [tensor.detach().float().requires_grad_() for tensor in representations(3)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            value = loss(tensors, 1.0, *([-1.0] if isinstance(loss, PairwiseSigmoidLoss) else []))
+            found.append([value, *torch.autograd.grad(value, tensors)])
+    assert all(torch.equal(plain, autocast) for plain, autocast in zip(*found, strict=True))
+
+
+class Watch(TorchDispatchMode):
+    """Notes the largest tensor that is made, and every operation that a GPU would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest, self.waits = 0, set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        name = str(func)
+        masks = [a for a in args[1] if a is not None and a.dtype == torch.bool] if "index" in name else []
+        if masks or any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "equal.default")):
+            self.waits.add(name)
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, Tensor) and not func.is_view:
+                self.largest = max(self.largest, tensor.numel())
+        return made
+
+
+def test_the_watch_sees() -> None:
+    with Watch() as watch:
+        tensor = torch.zeros(10, 7).requires_grad_()
+        (tensor[torch.ones(10, dtype=torch.bool)].sum() * float(tensor.detach()[0, 0])).backward()
+    assert watch.largest == 70 and len(watch.waits) >= 2
+
+
+@pytest.mark.parametrize("loss", [GramLoss(label_smoothing=0.1), TriangleLoss(), PairwiseSigmoidLoss(normalize=True)])
+def test_no_loss_waits_for_the_device_or_holds_all_logits(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, dimension = 96, 3
+    for module in (geometry, sigmoid):
+        monkeypatch.setitem(module.LOGITS, "cpu", 2 * size)
+    tensors = [tensor.requires_grad_() for tensor in torch.randn(3, size, dimension).unbind()]
+    numbers = [torch.tensor(1.0, requires_grad=True) for _ in range(2 if isinstance(loss, PairwiseSigmoidLoss) else 1)]
+    with Watch() as watch:
+        loss(tensors, *numbers, valid=torch.arange(size) % 5 > 0).backward()
+    assert not watch.waits
+    assert 2 * size <= watch.largest <= size * 3 * dimension  # all modalities in one piece, but no N x N
+    assert all(tensor.grad is not None and tensor.grad.any() for tensor in [*tensors, *numbers])
+
+
 # -- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -296,7 +366,7 @@ def test_objectives_train(objective: torch.nn.Module) -> None:
     log_scale = torch.nn.Parameter(torch.tensor(2.66))
     optimizer = torch.optim.Adam([log_scale, *(p for encoder in encoders for p in encoder.parameters())], lr=0.02)
     losses = []
-    for step in range(60):
+    for step in range(40):
         encoded = {name: encoder(x) for name, encoder, x in zip("xyz", encoders, inputs, strict=True)}
         loss = objective(Outputs(encoded, log_scale.exp()), batch_of(torch.ones(64, dtype=torch.bool)), step).loss
         optimizer.zero_grad()
