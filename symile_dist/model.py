@@ -74,8 +74,8 @@ class MultimodalModel(nn.Module):
 
 
 def make_objective(config: Config) -> nn.Module:
-    """The config's objective. Its constructor may take `seed`, `embedding_dim` and `modalities` (names, in order)
-    beside its own options; it gets those that it names.
+    """The config's objective. Its constructor may take `seed`, `embedding_dim`, `modalities` (names, in order) and
+    `global_batch_size` beside its own options; it gets those that it names.
 
     Raises ValueError for an objective or option that does not exist.
     """
@@ -84,6 +84,7 @@ def make_objective(config: Config) -> nn.Module:
         "seed": config.seed,
         "embedding_dim": config.model.embedding_dim,
         "modalities": list(config.modalities),
+        "global_batch_size": config.train.global_batch_size,
     }
     taken = inspect.signature(resolve(name, OBJECTIVES, "objective")).parameters
     given = {key: value for key, value in offered.items() if key in taken and key not in options}

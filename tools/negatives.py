@@ -44,7 +44,7 @@ def compare_negatives(
     torch.set_num_threads(threads)
     with progress_bar("making demo data") as progress:
         make_demo(data, languages=languages, train=20_000, val=2_000, test=2_000, progress=progress)
-    runs = []
+    runs: list[dict[str, Any]] = []
     with progress_bar("training") as progress:
         total = len(STRATEGIES) * seeds
         for seed in range(seeds):
@@ -74,7 +74,7 @@ def _summary(runs: list[dict[str, Any]], strategy: str) -> dict[str, Any]:
 
 def _config(data: Path, strategy: str, seed: int, global_batch_size: int, steps: int) -> Config:
     base = demo_config(data, data, "symile", quick=False)
-    options = {"negative_sampling": strategy}
+    options: dict[str, Any] = {"negative_sampling": strategy}
     if strategy == "sheets":
         options["sheets"] = max(2, global_batch_size // 16)
     content = base.model_dump()
@@ -122,9 +122,10 @@ def _train(config: Config) -> tuple[TrainingModule, float]:
 
 def _accuracy(config: Config, module: TrainingModule) -> float:
     assert config.data.test is not None
+    directory = config.data.test
     # Retrieval needs no loss: O(N) negatives cost least.
     config = config.model_copy(update={"objective": type(config.objective)(name="symile")})
-    dataset, steps = open_validation(config, config.data.test, 0, None)
+    dataset, steps = open_validation(config, directory, 0, None)
     evaluated = TrainingModule(config)
     evaluated.load_state_dict(module.state_dict())
     evaluated.eval()

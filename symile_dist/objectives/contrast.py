@@ -162,7 +162,8 @@ def _add_gradient_of_positives(own: Tensor, others: list[Tensor], of_positive: T
     for rows in _row_blocks(len(own)):
         weight = of_positive[rows, None].to(grads[0].dtype)
         for m, grad in enumerate(grads):
-            grad[rows] += weight * elementwise_product([t[rows] for k, t in enumerate(tensors) if k != m])
+            rest = [t[rows].to(weight.dtype) for k, t in enumerate(tensors) if k != m]
+            grad[rows] += weight * elementwise_product(rest)
 
 
 def _inner_product(left: Tensor, right: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -208,7 +209,7 @@ class Cube:
         """(n,) log-sum-exps of this rank's anchors, (M - 1, N) of its share of the others'; float64."""
         *middle, last = others
         middle = [self.wrap(tensor, len(own)) for tensor in middle]
-        sums = (PlainSums if self.is_plain() else OnlineSums)(self.valid, own, middle, last)
+        sums = (PlainSums if self.is_plain else OnlineSums)(self.valid, own, middle, last)
         scaled, workspace = _Scaled(last, scale), Workspace(own)
         for tile in self.tiles(own, others):
             sums.add(tile, scaled.logits(tile_products(tile, own, middle, workspace), workspace))
@@ -229,7 +230,7 @@ class Cube:
         *middle, last = others
         n, size, dimension = len(own), *last.shape
         middle = [self.wrap(tensor, n) for tensor in middle]
-        of_logits = (PlainGradient if self.is_plain() else OnlineGradient)(self.valid, own, weights)
+        of_logits = (PlainGradient if self.is_plain else OnlineGradient)(self.valid, own, weights)
         scaled, workspace = _Scaled(last, scale), Workspace(own)
         kind = torch.promote_types(own.dtype, torch.float32)
         grad_own = own.new_zeros((n, dimension), dtype=kind)
@@ -264,9 +265,11 @@ class Cube:
             tensor *= of_logits.factor
         return grad_own, grad_others
 
+    @cached_property
     def is_plain(self) -> bool:
-        # On CUDA this waits for the device, once in each pass. The way that reads nothing, OnlineSums for every input,
-        # takes several times as long as the wait.
+        """Whether plain sums will do."""
+        # On CUDA this waits for the device, once a step. What would read nothing, OnlineSums for every input, takes
+        # longer than the wait by far; the Triton kernels leave the choice to the device.
         return bool(self.bounded)
 
 

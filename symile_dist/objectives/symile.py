@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor, nn
 
@@ -172,7 +174,7 @@ class SymileLoss:
             return problem
         if self.negative_sampling != "n_squared" and step is None:
             return f"negative_sampling='{self.negative_sampling}' draws its negatives from (seed, step): pass step="
-        if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
+        if step is not None and (isinstance(step, bool) or not isinstance(step, Integral)):
             return f"step should be an integer, is {step!r:.50}"
         try:
             number, n = len(representations), representations[0].shape[0]
@@ -183,8 +185,13 @@ class SymileLoss:
         ):
             kind = f"{present.dtype} {tuple(present.shape)}" if isinstance(present, Tensor) else repr(present)[:50]
             return f"present should be a bool tensor of shape ({n}, {number}), is {kind}"
-        size = n * world_size(self.group)
-        if self.negative_sampling == "sheets" and number >= 2 and n:
+        if number >= 2 and n and (problem := self.size_problem(n * world_size(self.group), number)):
+            return problem
+        return cube_triton.why_not(representations[0]) if self.backend == "triton" else None
+
+    def size_problem(self, size: int, number: int) -> str | None:
+        """Why the strategy cannot work with a global batch of `size` and `number` modalities, or None."""
+        if self.negative_sampling == "sheets":
             assert self.sheets is not None
             return sheets_problem(self.sheets, size, number)
         if self.negative_sampling == "n_squared" and size ** (number - 1) > MAX_NEGATIVES:
@@ -192,10 +199,8 @@ class SymileLoss:
                 f"negative_sampling='n_squared' at a global batch of {size} and {number} modalities means "
                 f"{size ** (number - 1):.1e} negatives per anchor, more than can be computed; use 'sheets' or 'n'"
             )
-        if self.backend == "triton":
-            if number != 3:
-                return f"backend 'triton' is for three modalities, got {number}; use backend='auto'"
-            return cube_triton.why_not(representations[0])
+        if self.backend == "triton" and number != 3:
+            return f"backend 'triton' is for three modalities, got {number}; use backend='auto'"
         return None
 
 
@@ -214,6 +219,8 @@ class SymileObjective(nn.Module):
     def __init__(
         self,
         seed: int,
+        modalities: list[str] | None = None,
+        global_batch_size: int | None = None,
         negative_sampling: str = "n",
         sheets: int | None = None,
         normalize: bool = False,
@@ -236,6 +243,8 @@ class SymileObjective(nn.Module):
             pairwise_weight=pairwise_weight,
             backend=backend,
         )
+        if modalities and global_batch_size and (problem := self.loss.size_problem(global_batch_size, len(modalities))):
+            raise ValueError(f"objective 'symile': {problem}")  # before any work starts
 
     def forward(self, outputs: Outputs, batch: Batch, step: int) -> StepReport:
         representations = list(outputs.representations.values())
