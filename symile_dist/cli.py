@@ -182,6 +182,19 @@ def _benchmark_parity(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _benchmark_negatives(options: argparse.Namespace) -> int:
+    from symile_dist.tools.negatives import compare_negatives, negatives_markdown
+
+    results = compare_negatives(
+        Path(options.data), options.cpu_seconds, options.global_batch_size, options.seeds, options.threads
+    )
+    if options.json:
+        _print_json(results)
+    else:
+        print(negatives_markdown(results), end="")
+    return EXIT_OK
+
+
 def _print_table(table: Any) -> None:
     from rich.console import Console
 
@@ -357,6 +370,21 @@ def build_parser() -> argparse.ArgumentParser:
         "symile-dist benchmark parity --world-size 4",
     )
     parity.add_argument("--world-size", type=int, default=4, metavar="W", help="processes, 2 to 8 (default: 4)")
+
+    negatives = _command(
+        benchmark_commands,
+        "negatives",
+        _benchmark_negatives,
+        "What negatives are worth: n, sheets and n_squared trained on M3-digits at equal CPU time.",
+        "symile-dist benchmark negatives --cpu-seconds 200 --seeds 3",
+    )
+    negatives.add_argument("--data", default="data/m3-digits-5", help="folder of the data; made if it is not there")
+    negatives.add_argument(
+        "--cpu-seconds", type=float, default=200.0, metavar="S", help="of each run, over all threads (default: 200)"
+    )
+    negatives.add_argument("--global-batch-size", type=int, default=256, metavar="N", help="default: 256")
+    negatives.add_argument("--seeds", type=int, default=3, help="runs of each strategy (default: 3)")
+    negatives.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
 
     demo = _command(
         commands,

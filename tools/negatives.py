@@ -41,6 +41,12 @@ def compare_negatives(
     """
     if seeds < 2:
         raise ValueError(f"--seeds {seeds}: a standard error needs two or more")
+    if not 0 < cpu_seconds < math.inf:
+        raise ValueError(f"--cpu-seconds {cpu_seconds:g}: should be more than 0, and finite")
+    if threads < 1:
+        raise ValueError(f"--threads {threads}: should be 1 or more")
+    if not 2 <= global_batch_size <= 2_000:
+        raise ValueError(f"--global-batch-size {global_batch_size}: should be 2 to 2000, the size of the test split")
     torch.set_num_threads(threads)
     with progress_bar("making demo data") as progress:
         make_demo(data, languages=languages, train=20_000, val=2_000, test=2_000, progress=progress)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from symile_dist.cli import main
-from symile_dist.tools import benchmark
+from symile_dist.tools import benchmark, negatives
 from symile_dist.tools.benchmark import Case, count_traffic, counted_collectives, measure_traffic, parse_shapes
 from symile_dist.tools.parity import SCHEMES, measure_parity, on_ranks
 from tests.unit.test_cli import user_mistake
@@ -54,6 +54,32 @@ def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes_of_parity(capsys: pytest.CaptureFixture[str]) -> None:
     for number in ("1", "9"):
         assert "should be 2 to 8" in user_mistake(capsys, "benchmark", "parity", "--world-size", number)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seeds", "1"], "--seeds 1: a standard error needs two or more"),
+        (["--cpu-seconds", "nan"], "--cpu-seconds nan: should be more than 0"),
+        (["--threads", "0"], "--threads 0: should be 1 or more"),
+        (["--global-batch-size", "1"], "--global-batch-size 1: should be 2 to 2000"),
+    ],
+    ids=str,
+)
+def test_mistakes_of_negatives(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in user_mistake(capsys, "benchmark", "negatives", *words)
+
+
+def test_negatives_are_told_with_their_standard_error() -> None:
+    runs = [
+        {"negative_sampling": strategy, "accuracy": accuracy, "steps": 10, "cpu_seconds": 5.0}
+        for strategy in negatives.STRATEGIES
+        for accuracy in (0.2, 0.4)
+    ]
+    found = negatives._summary(runs, "sheets")
+    assert found["accuracy"] == pytest.approx(0.3) and found["standard_error"] == pytest.approx(0.1)
+    page = negatives.negatives_markdown({"strategies": {"sheets": found}})
+    assert "| `sheets` | 10 | 5 | 0.300 ± 0.100 |" in page
 
 
 @pytest.mark.parametrize("words", [["--dtype", "fp8"], ["--negative-sampling", "all"], ["--shapes"]])
