@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,10 @@ def _permutations(num_modalities: int, batch: int, seed: int, step: int) -> Tens
     return table
 
 
-def draw_permutations(num_modalities: int, batch: int, seed: int, step: int, valid: Tensor | None = None) -> Tensor:
-    """(M, M, N) int64 on valid's device: entry [anchor, other] permutes the rows of `other` for that anchor.
+def draw_permutations(
+    num_modalities: int, batch: int, seed: int, step: int, valid: Tensor | None = None, device: Any = None
+) -> Tensor:
+    """(M, M, N) int64 on the device (valid's by default): entry [anchor, other] permutes the rows of `other`.
 
     A pure function of its arguments, hence the same on every rank and for every world size; the diagonal is not used.
     Valid rows are permuted among themselves and invalid ones among themselves, so that no valid negative holds an
@@ -40,9 +43,11 @@ def draw_permutations(num_modalities: int, batch: int, seed: int, step: int, val
     first on. Done by sorting, so that nothing waits for the device to tell how many rows are valid.
     """
     drawn = _permutations(num_modalities, batch, seed, step)
+    device = torch.device(device or (valid.device if valid is not None else "cpu"))
+    if device.type == "cuda":
+        drawn = drawn.pin_memory().to(device, non_blocking=True)  # without waiting for the device
     if valid is None:
         return drawn
-    drawn = drawn.to(valid.device)
     rows = torch.argsort((~valid).to(torch.uint8), stable=True)
     order = torch.argsort((~valid[drawn]).to(torch.uint8), dim=-1, stable=True)
     permuted = torch.empty_like(drawn)

@@ -40,19 +40,21 @@ class Permuted:
     """(M, M, N) int64, of `negatives.draw_permutations`."""
 
     def copies(self) -> Tensor:
-        """(M, N) float64: how often each anchor has its positive among its negatives."""
-        number, size = self.permutations.shape[0], self.permutations.shape[2]
-        counts = torch.zeros((number, size), dtype=torch.float64, device=self.permutations.device)
-        columns = torch.arange(size, device=self.permutations.device)
-        for anchor in range(number):
-            whose = self._positive_of(anchor, columns)
+        """(M, N) float64: 1 where an anchor has its positive among its negatives. More than once it cannot be there."""
+        size = self.permutations.shape[2]
+        rows = torch.arange(size, device=self.permutations.device)
+        found = []
+        for anchor in range(len(self.permutations)):
+            # The only combination with the row of the first of the other modalities.
+            columns = torch.argsort(self.permutations[anchor, 1 if anchor == 0 else 0])
             # On its own column the row's positive stands anyway.
-            counts[anchor].scatter_add_(0, whose.clamp(min=0), ((whose >= 0) & (whose != columns)).double())
-        return counts
+            found.append((self._positive_of(anchor, columns) == rows) & (columns != rows))
+        return torch.stack(found).double()
 
     def _positive_of(self, anchor: int, columns: Tensor) -> Tensor:
         """(C,) the row whose positive a combination is, or -1."""
-        rows = self.permutations[anchor][[m for m in range(len(self.permutations)) if m != anchor]][:, columns]
+        number = len(self.permutations)
+        rows = torch.stack([self.permutations[anchor, m, columns] for m in range(number) if m != anchor])
         same = (rows == rows[0]).all(dim=0)
         if self.valid is not None:
             same = same & self.valid[columns]

@@ -156,8 +156,8 @@ class SymileLoss:
         number = len(representations)
         if self.negative_sampling == "n":
             assert step is not None
-            permutations = draw_permutations(number, batch.size, self.seed, step, batch.valid)
-            return Permuted(batch.offset, batch.valid, permutations.to(batch.own.device))
+            permutations = draw_permutations(number, batch.size, self.seed, step, batch.valid, batch.own.device)
+            return Permuted(batch.offset, batch.valid, permutations)
         cube = make_cube(batch, representations, scale)
         if self.backend == "triton":
             return cube_triton.TritonCube(cube.offset, cube.valid, cube.bounded)
