@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -73,12 +74,13 @@ def import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
-    import deepspeed.comm.torch as deepspeed_torch
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if device.type == "cpu":
-        # An optional shared-memory all-reduce whose compilation takes half a minute at the first start.
-        deepspeed_torch.build_shm_op = lambda: None
+        # An optional shared-memory all-reduce whose compilation takes half a minute at the first start; killed in the
+        # midst of it, a worker leaves a lock on which every later one waits for ever. Not by `import ... as`, which
+        # gives torch itself: the package has an attribute of the submodule's name.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     return deepspeed
 
 

@@ -138,3 +138,16 @@ def test_two_ranks_train_like_one(runs: list[Any]) -> None:
     for name, weights in alone["weights"].items():
         error = float(F.mse_loss(runs[0]["fp32", 0, False]["weights"][name], weights).sqrt() / weights.norm())
         assert error < 1e-4, name
+
+
+def _compiles_nothing() -> bool:
+    import sys
+
+    from symile_dist.engine import import_deepspeed
+
+    import_deepspeed(torch.device("cpu"))
+    return sys.modules["deepspeed.comm.torch"].build_shm_op() is None  # type: ignore[attr-defined]
+
+
+def test_no_start_compiles_what_a_kill_could_leave_locked() -> None:
+    assert run_distributed(_compiles_nothing, 1) == [True]
