@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,6 +127,7 @@ class Engine:
         Raises ValueError for a component that does not exist, or weights none of which fits.
         """
         self.config, self.device = config, device
+        self._broken_off = False
         self._parts = 0  # backward passes of the step so far, while more are to come
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         deepspeed = import_deepspeed(device)
@@ -174,8 +176,9 @@ class Engine:
 
     def objective(self, batch: Batch, step: int, representations: dict[str, Representation]) -> StepReport:
         """The objective alone, on representations of the whole batch."""
+        without_inputs = replace(batch, inputs={})  # they are as large as the batch, and only the encoders need them
         # A copy: ZeRO-3's hooks put tensors of their own into it.
-        return self.deepspeed(batch.to(self.device), step, dict(representations))
+        return self.deepspeed(without_inputs.to(self.device), step, dict(representations))
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Back-propagates; an infinite loss makes its gradients NaN, so that the check before the step sees it.
@@ -183,6 +186,7 @@ class Engine:
         Args:
             last: False where more calls for the same step follow; their gradients are added up.
         """
+        self._check_whole()
         if not last and self._parts == 0 and self.config.train.zero_stage == 3:
             # ZeRO-3 overwrites the last step's gradients in the first part only, and there only those of parameters
             # that take part in it: it would add the others' to what is left of the last step.
@@ -193,8 +197,20 @@ class Engine:
         if not last:
             self.deepspeed.step()  # takes no step, but counts: what follows is added and does not overwrite
 
+    def break_off(self) -> None:
+        """After an exception between the parts of a step: its gradients are there and cannot be told from others."""
+        self._broken_off = True
+
+    def _check_whole(self) -> None:
+        if self._broken_off:
+            raise RuntimeError(
+                "a step was broken off by an exception, and part of its gradients is left; make a new engine and load "
+                "a checkpoint"
+            )
+
     def step(self, step: int) -> StepResult:
         """Takes the optimizer step, or skips it on all ranks when any rank has a non-finite gradient."""
+        self._check_whole()
         factor = learning_rate_factor(self.config.optimizer, step, self.config.train.steps)
         for group, peak in zip(self.deepspeed.optimizer.param_groups, self._peak_learning_rates, strict=True):
             group["lr"] = peak * factor

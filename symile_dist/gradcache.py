@@ -85,6 +85,14 @@ def forward_backward(engine: Engine, batch: Batch, step: int, size: int) -> Step
     Args:
         size: samples of this rank that the encoders see at once (train.micro_batch_size).
     """
+    try:
+        return _forward_backward(engine, batch, step, size)
+    except BaseException:
+        engine.break_off()
+        raise
+
+
+def _forward_backward(engine: Engine, batch: Batch, step: int, size: int) -> StepReport:
     encoded = encode(engine, batch, size)
     report = engine.objective(batch, step, encoded.representations)
     engine.backward(report.loss, last=False)

@@ -36,6 +36,8 @@ def _checks(config: Config) -> list[Callable[[], Any]]:
 
     def objective() -> None:
         make_objective(config)
+        if config.objective.options.get("backend") == "triton" and not config.ray.gpus_per_worker:
+            raise ValueError("objective.backend=triton needs GPUs: set ray.gpus_per_worker=1, or leave the backend out")
 
     def data(directory: str, train: bool) -> None:
         dataset, _ = open_validation(config, directory, rank=0, max_samples=None)

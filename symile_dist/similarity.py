@@ -23,6 +23,9 @@ rounding takes the determinant below. A clamped volume has the gradient zero: it
 SCORES_AT_ONCE = 2**22
 
 
+FLOATING_POINT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def elementwise_product(tensors: Sequence[Tensor]) -> Tensor:
     """The product of tensors of one shape, element by element."""
     return reduce(torch.mul, tensors)
@@ -241,8 +244,12 @@ def check_same_shape(representations: Sequence[Tensor]) -> None:
     for number, tensor in enumerate(representations):
         if tensor.ndim != 2:
             raise ValueError(f"representation {number} has shape {tuple(tensor.shape)}; should be (n, D)")
-        if not tensor.is_floating_point():
-            raise ValueError(f"representation {number} has dtype {tensor.dtype}; should be floating point")
+        if tensor.dtype not in FLOATING_POINT:
+            raise ValueError(
+                f"representation {number} has dtype {tensor.dtype}; should be floating point, of 16, 32 or 64 bits"
+            )
+        if tensor.layout != torch.strided:
+            raise ValueError(f"representation {number} is {tensor.layout}; should be dense")
         for what in ("shape", "dtype", "device"):
             if getattr(tensor, what) != getattr(first, what):
                 raise ValueError(

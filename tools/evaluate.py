@@ -17,7 +17,7 @@ from symile_dist.checkpoint.manifest import (
     read_manifest,
 )
 from symile_dist.checkpoint.reshape import consolidated_weights
-from symile_dist.config import Config
+from symile_dist.config import Component, Config
 from symile_dist.data.loader import Loader, open_validation
 from symile_dist.evaluation.retrieval import bootstrap_accuracy, class_numbers, directions, retrieval_accuracy
 from symile_dist.model import TrainingModule
@@ -82,6 +82,9 @@ def evaluate_run(
     trained = load_run(run)
     # One process reads what all ranks read together.
     config = trained.model_copy(update={"ray": trained.ray.model_copy(update={"num_workers": 1})})
+    if config.objective.options.get("backend") == "triton":  # evaluation is on the CPU; the loss is the same
+        options = config.objective.options | {"backend": "auto"}
+        config = config.model_copy(update={"objective": Component(name=config.objective.name, **options)})
     folder = find_checkpoint(config, step)
     directory = split_directory(config, split)
     batches = _batches(config, directory)

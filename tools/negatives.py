@@ -96,7 +96,7 @@ def _run(data: Path, strategy: str, seed: int, cpu_seconds: float, global_batch_
     trial = _config(data, strategy, seed, global_batch_size, CALIBRATION_STEPS)
     _train(trial)  # what the first steps cost is no measure of the others
     _, cost = _train(trial)
-    steps = int(cpu_seconds / (cost / CALIBRATION_STEPS))
+    steps = int(cpu_seconds / (cost / (CALIBRATION_STEPS - 1)))  # the first batch is read before the clock starts
     if steps < 1:
         raise ValueError(f"{cpu_seconds:g} CPU seconds are less than one step of '{strategy}' takes; give more")
     config = _config(data, strategy, seed, global_batch_size, steps)
@@ -117,6 +117,8 @@ def _train(config: Config) -> tuple[TrainingModule, float]:
     optimizer = make_optimizer(module, config)
     begin = time.process_time()
     for step, batch in enumerate(open_training(config, rank=0, start_step=0)):
+        if step == 0:
+            begin = time.process_time()  # opening the shards is not part of a step
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_factor(config.optimizer, step, config.train.steps)
         optimizer.zero_grad()

@@ -169,7 +169,7 @@ class Cube:
     """The negatives of every anchor, by planes of the cube.
 
     `own` is this rank's (n, D) rows of the first modality, `others` are the M - 1 other modalities (N, D); invalid
-    rows are zero vectors. float32 and float64, on CUDA also halves, whose products are summed in float32.
+    rows are zero vectors. float32 and float64, on CUDA also bfloat16, whose products are summed in float32.
     """
 
     offset: int
@@ -268,8 +268,8 @@ class Cube:
     @cached_property
     def is_plain(self) -> bool:
         """Whether plain sums will do."""
-        # On CUDA this waits for the device, once a step. What would read nothing, OnlineSums for every input, takes
-        # longer than the wait by far; the Triton kernels leave the choice to the device.
+        # On CUDA this waits for the device, once for each cube. What would read nothing, OnlineSums for every input,
+        # takes longer than the wait by far; the Triton kernels leave the choice to the device.
         return bool(self.bounded)
 
 

@@ -46,6 +46,8 @@ def draw_permutations(
     device = torch.device(device or (valid.device if valid is not None else "cpu"))
     if device.type == "cuda":
         drawn = drawn.pin_memory().to(device, non_blocking=True)  # without waiting for the device
+    else:
+        drawn = drawn.to(device)
     if valid is None:
         return drawn
     rows = torch.argsort((~valid).to(torch.uint8), stable=True)
@@ -140,16 +142,28 @@ class GlobalBatch:
 
 def describe(representations: list[Tensor]) -> str:
     """What all ranks must have in common, in words."""
-    try:
-        first = representations[0]
-        return f"{len(representations)} representations of shape {tuple(first.shape)} and {first.dtype}"
-    except (TypeError, IndexError, AttributeError):
+    if not is_list_of_tensors(representations):
         return "no representations"
+    first = representations[0]
+    # Ranks that differ in these would differ in the collectives of their backward passes.
+    gradients = [torch.is_grad_enabled() and tensor.requires_grad for tensor in representations]
+    return (
+        f"{len(representations)} representations of shape {tuple(first.shape)} and {first.dtype}, requiring gradients: "
+        f"{gradients}"
+    )
+
+
+def is_list_of_tensors(representations: object) -> bool:
+    return (
+        isinstance(representations, list | tuple)
+        and len(representations) > 0
+        and all(isinstance(tensor, Tensor) for tensor in representations)
+    )
 
 
 def find_problem(representations: list[Tensor], valid: Tensor | None) -> str | None:
     """What is wrong with this rank's arguments, or None. Looks at shapes and types only, so no device is waited for."""
-    if not isinstance(representations, list | tuple) or not all(isinstance(r, Tensor) for r in representations):
+    if not is_list_of_tensors(representations) and representations != []:
         return "representations should be a list of tensors (n, D), one per modality"
     if len(representations) < 2:
         return f"a contrastive loss needs two or more modalities, got {len(representations)}"

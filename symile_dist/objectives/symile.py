@@ -13,7 +13,7 @@ from symile_dist.objectives.clip import sum_over_pairs
 from symile_dist.objectives.contrast import Negatives, as_scale, contrastive_losses, counted, make_cube, scale_problem
 from symile_dist.objectives.cube import MAX_NEGATIVES, draw_sheets, sheets_problem
 from symile_dist.objectives.health import contrastive_health
-from symile_dist.objectives.negatives import GlobalBatch, draw_permutations
+from symile_dist.objectives.negatives import GlobalBatch, draw_permutations, is_list_of_tensors
 from symile_dist.objectives.permuted import Permuted
 from symile_dist.objectives.reference import symile_loss_reference
 from symile_dist.registry import suggestion
@@ -22,6 +22,10 @@ from symile_dist.types import Batch, Outputs, StepReport
 
 NEGATIVE_SAMPLING = ["n", "n_squared", "sheets"]
 BACKENDS = ["auto", "reference", "chunks", "triton"]
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class SymileLoss:
@@ -82,6 +86,8 @@ class SymileLoss:
             raise ValueError(f"sheets = {sheets!r} should be an integer of 2 or more")
         if backend == "triton" and negative_sampling != "n_squared":
             raise ValueError("backend 'triton' computes negative_sampling='n_squared' only; use backend='auto'")
+        if not _is_integer(seed):
+            raise ValueError(f"seed = {seed!r:.50} should be an integer")
         if not 0 <= pairwise_weight < float("inf"):
             raise ValueError(f"pairwise_weight = {pairwise_weight} should be 0 or more, and finite")
         self.negative_sampling, self.group, self.seed, self.sheets = negative_sampling, group, seed, sheets
@@ -99,8 +105,8 @@ class SymileLoss:
     ) -> Tensor:
         """The global loss, the same on every rank; its gradient is exact once averaged over the ranks.
 
-        Half-precision representations are multiplied as they are on CUDA and in float32 elsewhere; sums and gradients
-        are float32 or more.
+        bfloat16 representations are multiplied as they are on CUDA, halves else in float32; sums and gradients are
+        float32 or more. NaN in gives NaN, on all ranks; so do logits that float32 cannot hold.
 
         Args:
             representations: M tensors (n, D), this rank's rows; the same n on every rank.
@@ -120,7 +126,8 @@ class SymileLoss:
             normalize=self.normalize,
             description=f"negative_sampling='{self.negative_sampling}', sheets={self.sheets}, seed={self.seed}, "
             f"step={step}, backend='{self.backend}' and options "
-            f"{(self.normalize, self.dimension_scaling, self.pairwise_weight, present is not None)}",
+            f"{(self.normalize, self.dimension_scaling, self.pairwise_weight, present is not None)}"
+            + ("" if isinstance(logit_scale, Tensor) else f", logit_scale={logit_scale}"),
             problem=self._problem(representations, logit_scale, step, present),
         )
         scale = as_scale(logit_scale, batch.own)
@@ -172,19 +179,20 @@ class SymileLoss:
         """What is wrong with the arguments beside the shapes of representations and valid, or None."""
         if problem := scale_problem(logit_scale):
             return problem
+        if not is_list_of_tensors(representations) or not representations[0].ndim:
+            return None  # told by GlobalBatch
         if self.negative_sampling != "n_squared" and step is None:
             return f"negative_sampling='{self.negative_sampling}' draws its negatives from (seed, step): pass step="
-        if step is not None and (isinstance(step, bool) or not isinstance(step, Integral)):
+        if step is not None and not _is_integer(step):
             return f"step should be an integer, is {step!r:.50}"
-        try:
-            number, n = len(representations), representations[0].shape[0]
-        except (TypeError, IndexError, AttributeError):
-            return None  # told by GlobalBatch
+        number, n = len(representations), representations[0].shape[0]
         if present is not None and (
             not isinstance(present, Tensor) or present.shape != (n, number) or present.dtype != torch.bool
         ):
             kind = f"{present.dtype} {tuple(present.shape)}" if isinstance(present, Tensor) else repr(present)[:50]
             return f"present should be a bool tensor of shape ({n}, {number}), is {kind}"
+        if present is not None and present.device != representations[0].device:
+            return f"present is on {present.device}, the representations are on {representations[0].device}"
         if number >= 2 and n and (problem := self.size_problem(n * world_size(self.group), number)):
             return problem
         return cube_triton.why_not(representations[0]) if self.backend == "triton" else None

@@ -237,3 +237,27 @@ def test_batch_norm_is_refused_unless_frozen() -> None:
     assert found["whole batch"] == found["frozen encoder"] == "Engine"
     assert found["error"] <= 1e-6
     assert found["statistics 5"] == found["statistics 12"] == 0.0
+
+
+def broken_off_case() -> str:
+    engine = start("train.micro_batch_size=5")
+    encode, calls = engine.encode, []
+
+    def fails_in_pass_two(batch: Batch) -> Any:
+        calls.append(batch)
+        if len(calls) == 5:
+            raise MemoryError("out of memory")
+        return encode(batch)
+
+    engine.encode = fails_in_pass_two
+    with pytest.raises(MemoryError):
+        take_step(engine, batch_of(0), 0)
+    try:
+        take_step(engine, batch_of(0), 0)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_no_step_is_taken_on_the_gradients_of_a_broken_one() -> None:
+    assert "a step was broken off" in run_distributed(broken_off_case, 1)[0]

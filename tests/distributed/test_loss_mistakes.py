@@ -57,7 +57,7 @@ MISTAKES: dict[str, tuple[Callable[[], Tensor], str]] = {
         "rank 0 has .*sheets=2.* rank 1 has .*sheets=3",
     ),
     "another step": (lambda: SymileLoss()(tensors(), 1.0, step=int(last())), "step=0.* rank 1 has .*step=1"),
-    "another seed": (lambda: SymileLoss(seed=last())(tensors(), 1.0, step=0), "the ranks disagree"),
+    "another seed": (lambda: SymileLoss(seed=int(last()))(tensors(), 1.0, step=0), "the ranks disagree"),
     "a mask of another length": (
         lambda: SymileLoss()(tensors(), 1.0, step=0, valid=torch.ones(N_LOCAL + last(), dtype=torch.bool)),
         r"rank 1: valid should be a bool tensor of shape \(8,\), is torch.bool \(9,\)",
@@ -67,6 +67,19 @@ MISTAKES: dict[str, tuple[Callable[[], Tensor], str]] = {
         r"rank 1: logit_scale should be one number",
     ),
     "pairwise, one row more": (lambda: PairwiseClipLoss()(tensors(N_LOCAL + last()), 1.0), r"\(9, 256\)"),
+    "a map": (
+        lambda: SymileLoss()(dict(enumerate(tensors())) if last() else tensors(), 1.0, step=0),  # type: ignore[arg-type]
+        "rank 1: representations should be a list of tensors",
+    ),
+    "a sparse tensor": (
+        lambda: SymileLoss()([t.detach().to_sparse() for t in tensors()] if last() else tensors(), 1.0, step=0),
+        "rank 1: representation 0 is torch.sparse_coo; should be dense",
+    ),
+    "no gradients": (
+        lambda: SymileLoss()([t.detach() for t in tensors()] if last() else tensors(), 1.0, step=0),
+        r"requiring gradients: \[True, True, True\].* rank 1 has .*\[False, False, False\]",
+    ),
+    "another number as scale": (lambda: SymileLoss()(tensors(), 1.0 + last(), step=0), "rank 1 has .*logit_scale=2.0"),
     "too many sheets": (lambda: SymileLoss("sheets", sheets=17)(tensors(), 1.0, step=0), "has 16: choose 2 to 16"),
 }
 

@@ -384,6 +384,7 @@ def test_no_n_by_n_matrix_is_made_and_the_host_reads_one_flag(
         ({"negative_sampling": "sheets", "sheets": 2.5}, "sheets = 2.5 should be an integer"),
         ({"negative_sampling": "n", "sheets": 4}, "sheets = 4 goes with negative_sampling='sheets', not 'n'"),
         ({"negative_sampling": "n", "backend": "triton"}, "backend 'triton' computes negative_sampling='n_squared'"),
+        ({"seed": None}, "seed = None should be an integer"),
         ({"pairwise_weight": -1.0}, "pairwise_weight = -1.0 should be 0 or more"),
         ({"pairwise_weight": math.nan}, "pairwise_weight = nan should be 0 or more"),
     ],
