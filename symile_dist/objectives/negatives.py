@@ -116,6 +116,10 @@ class GlobalBatch:
         """(n,) bool: of this rank's rows."""
         return None if self.valid is None else self.valid[self.rows]
 
+    def gather_all(self) -> list[Tensor]:
+        """M tensors (N, D), modality 0 too: for objectives that need it whole. Called on all ranks."""
+        return [all_gather_with_gradient(self.own, self.group), *self.others]
+
     def mean(self, values: Tensor, weights: Tensor | None) -> Tensor:
         """From this rank's values to their mean over the global batch, with gradients exact under averaging.
 

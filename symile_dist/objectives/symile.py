@@ -7,7 +7,7 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from symile_dist.distributed import Group, all_gather, all_gather_with_gradient, world_size
+from symile_dist.distributed import Group, all_gather, world_size
 from symile_dist.objectives import cube_triton
 from symile_dist.objectives.clip import sum_over_pairs
 from symile_dist.objectives.contrast import Negatives, as_scale, contrastive_losses, counted, make_cube, scale_problem
@@ -146,9 +146,8 @@ class SymileLoss:
 
     def _reference(self, batch: GlobalBatch, scale: Tensor, step: int | None, present: Tensor | None) -> Tensor:
         """Every rank computes the whole loss; the gathers' backward passes sum, and averaging divides again."""
-        representations = [all_gather_with_gradient(batch.own, batch.group), *batch.others]
         return symile_loss_reference(
-            representations,
+            batch.gather_all(),
             scale,
             self.seed,
             step or 0,
