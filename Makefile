@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CUDA torch: make setup TORCH="torch==2.13.0 --index-url <the wheel index for your CUDA>"
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-slow lint format clean
+.PHONY: setup peers demo test test-slow lint format clean
 
 $(VENV)/.setup-done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
@@ -16,6 +16,15 @@ $(VENV)/.setup-done: pyproject.toml constraints.txt
 	touch $@
 
 setup: $(VENV)/.setup-done
+
+# The peers of `symile-dist benchmark data` that cannot stand in .venv: without torchvision, with .venv's torch.
+.peers/.setup-done: $(VENV)/.setup-done tools/peers/requirements.txt tools/peers/environment.py
+	test -x .peers/bin/python || $(BIN)/python -m venv .peers
+	.peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tools/peers/requirements.txt
+	$(BIN)/python tools/peers/environment.py .peers/bin/python
+	touch $@
+
+peers: .peers/.setup-done
 
 demo: setup
 	$(BIN)/symile-dist demo --out runs/demo

@@ -150,6 +150,30 @@ def _shards_index(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _shards_pack(options: argparse.Namespace) -> int:
+    from symile_dist.tools.pack.command import source_of
+    from symile_dist.tools.pack.writer import pack
+    from symile_dist.tools.progress import progress_bar
+
+    source = source_of(options)
+    with progress_bar(f"packing {options.out}") as progress:
+        summary = pack(
+            source,
+            options.out,
+            shard_bytes=options.shard_bytes,
+            max_samples=options.max_samples,
+            seed=None if options.no_shuffle else options.seed,
+            part=options.part,
+            processes=options.processes,
+            progress=progress,
+        )
+    if options.json:
+        _print_json(summary)
+    else:
+        print(summary["message"])
+    return EXIT_OK
+
+
 def _benchmark_objective(options: argparse.Namespace) -> int:
     from symile_dist.tools.benchmark import benchmark_objective, benchmark_tables
 
@@ -227,6 +251,27 @@ def _command(
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file; see configs/ and docs/")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="overrides, e.g. train.steps=100")
+
+
+def _pack_arguments(parser: argparse.ArgumentParser, layout: str, may_miss: bool = True) -> None:
+    parser.set_defaults(layout=layout)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the shards of one split")
+    parser.add_argument(
+        "--shard-bytes", default="256MB", metavar="SIZE", help="a shard's largest size, e.g. 1GB (default: 256MB)"
+    )
+    parser.add_argument("--max-samples", type=int, metavar="N", help="a shard's largest number of samples")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples' order (default: 0)")
+    parser.add_argument("--no-shuffle", action="store_true", help="keep the source's order")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="write the I-th of N parts, e.g. on N machines")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="of this machine (default: 1)")
+    if may_miss:
+        parser.add_argument(
+            "--on-missing",
+            default="error",
+            choices=["error", "skip", "absent"],
+            help="a file is missing or unreadable: stop before anything is written (default), leave the sample out, "
+            "or pack it without the member",
+        )
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -329,6 +374,62 @@ def build_parser() -> argparse.ArgumentParser:
     )
     index.add_argument("directories", metavar="DIR", nargs="+", type=Path)
     index.add_argument("--force", action="store_true", help="read every shard again, also those with an index")
+    pack = shards_commands.add_parser(
+        "pack", help="Pack published datasets, or any folder with a table: docs/packing.md"
+    )
+    pack_commands = pack.add_subparsers(metavar="LAYOUT", required=True)
+    symile_m3 = _command(
+        pack_commands,
+        "symile-m3",
+        _shards_pack,
+        "Pack Symile-M3: its CSV with images and clips, or its tensors of features.",
+        "symile-dist shards pack symile-m3 --csv train.csv --images imagenet --audio common-voice --out m3/train\n"
+        "  symile-dist shards pack symile-m3 --tensors tensors --split train --out m3-features/train",
+    )
+    symile_m3.add_argument("--csv", metavar="FILE", help="with columns lang, audio_path, image_path, cls_id, text, ...")
+    symile_m3.add_argument("--images", metavar="DIR", help="folder that image_path is relative to")
+    symile_m3.add_argument("--audio", metavar="DIR", help="folder that audio_path is relative to")
+    symile_m3.add_argument("--tensors", metavar="DIR", help="folder of image_SPLIT.pt, text_input_ids_SPLIT.pt, ...")
+    symile_m3.add_argument("--split", help="with --tensors: train, val or test")
+    symile_m3.add_argument(
+        "--dtype", choices=["float16", "float32"], help="with --tensors: of the features (default: float16)"
+    )
+    _pack_arguments(symile_m3, "symile-m3")
+    symile_mimic = _command(
+        pack_commands,
+        "symile-mimic",
+        _shards_pack,
+        "Pack Symile-MIMIC: its arrays of X-rays, electrocardiograms and laboratory values.",
+        "symile-dist shards pack symile-mimic --data-npy data_npy --split train --out mimic/train",
+    )
+    symile_mimic.add_argument("--data-npy", required=True, metavar="DIR", help="folder that holds SPLIT/cxr_SPLIT.npy")
+    symile_mimic.add_argument("--split", required=True, help="train, val, val_retrieval or test")
+    _pack_arguments(symile_mimic, "symile-mimic", may_miss=False)
+    files = _command(
+        pack_commands,
+        "files",
+        _shards_pack,
+        "Pack any folder with a table (CSV, TSV or JSONL) that names files.",
+        "symile-dist shards pack files table.csv --root data --out shards/train --file image=image_path "
+        "--file audio=clip --text txt=caption --class species",
+    )
+    files.add_argument("table", metavar="TABLE", help=".csv, .tsv or .jsonl, in UTF-8")
+    files.add_argument(
+        "--root", required=True, metavar="DIR", help="folder that the paths in the table are relative to"
+    )
+    files.add_argument(
+        "--file",
+        action="append",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="a column of paths; the member is NAME and the file's extension (image.jpg), or NAME if it has a dot",
+    )
+    files.add_argument("--text", action="append", default=[], metavar="MEMBER=COLUMN", help="a column of texts")
+    files.add_argument("--class", dest="label", metavar="COLUMN", help="the class, for evaluation")
+    files.add_argument("--metadata", nargs="+", default=[], metavar="COLUMN", help="columns to keep in the member json")
+    files.add_argument("--key", metavar="COLUMN", help="the samples' keys (default: the row's number)")
+    files.add_argument("--no-quotes", action="store_true", help="take quotes in a .csv or .tsv as they are")
+    _pack_arguments(files, "files")
 
     benchmark = commands.add_parser("benchmark", help="Measure the objective against other implementations.")
     benchmark_commands = benchmark.add_subparsers(metavar="COMMAND", required=True)
@@ -426,9 +527,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; the same command again goes on from the newest checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        from symile_dist.errors import RunFailed
+        from symile_dist.errors import RunFailed, StorageError
 
-        if not isinstance(error, RunFailed):
+        if not isinstance(error, RunFailed | StorageError):
             raise
         print(f"failed: {error}", file=sys.stderr)
         return EXIT_FAILED

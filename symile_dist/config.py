@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import CoreSchema, ErrorDetails
 
 from symile_dist.registry import DECODERS, ENCODERS, OBJECTIVES, TRANSFORMS, suggestion, unknown_name
@@ -76,13 +85,86 @@ class RunConfig(Section):
     """Warm start: the directory of another run whose newest weights this one begins with."""
 
 
+def local_path(url: str) -> Path | None:
+    """The path that a folder's name means; None for a URL of an object store.
+
+    Raises ValueError for what is neither: `pipe:` would run a shell, and `a::b` chains file systems.
+    """
+    if "://" in url:
+        scheme, _, rest = url.partition("://")
+        if "::" in url or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) or scheme in ("pipe", "reference", "dask"):
+            raise ValueError(f"'{url}' is not a folder's path or URL, such as data/train or s3://bucket/train")
+        if re.search(r"^[^/]*@", rest):
+            raise ValueError(f"a URL of {scheme}:// must not hold a password: credentials come from the environment")
+        if scheme in ("file", "local"):
+            return Path(rest)
+        return None
+    if url.startswith(("pipe:", "s3:", "file:", "gs:", "http:", "https:")):
+        raise ValueError(f"'{url}' is not a folder's path or URL, such as data/train or s3://bucket/train")
+    return Path(url)
+
+
+class StorageConfig(Section):
+    endpoint_url: str | None = None
+    """Of an S3 service other than AWS's, e.g. http://minio:9000; AWS_ENDPOINT_URL when left out."""
+    profile: str | None = None
+    """Profile in ~/.aws whose credentials are used. Keys themselves stand in no config: AWS_ACCESS_KEY_ID and the like
+    are read from the environment."""
+    anonymous: bool = False
+    """Read public buckets without credentials."""
+    timeout_seconds: PositiveFloat = 30
+    """A request of which nothing comes for so long is tried again."""
+    give_up_seconds: PositiveFloat = 300
+    """Once requests for a shard have failed for so long, it counts as unreadable."""
+    connections: Positive = 16
+    """Requests that a node makes at once."""
+    request_bytes: Annotated[int, Field(ge=64 * 1024)] = 8 * 1024**2
+    """Size of one ranged request."""
+    cache_directory: str | None = None
+    """Where a node keeps fetched shards; `symile-dist` in XDG_CACHE_HOME or ~/.cache when left out. A local disk."""
+    cache_bytes: Annotated[int, Field(ge=1024**2)] = 100 * 1024**3
+    """Bytes that the cache may hold on a node."""
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^@\s]+", value):
+            raise ValueError("should be http://HOST:PORT or https://HOST, without a password")
+        return value
+
+
+class DatasetConfig(Section):
+    path: str
+    """Folder of shards with their index: a path, s3://bucket/prefix or another URL that fsspec knows."""
+    weight: PositiveFloat = 1.0
+    """Its share of the samples, relative to the other datasets' weights."""
+
+
+def _named_datasets(value: Any) -> Any:
+    """A bare path stands for one dataset, called `train`."""
+    return {"train": {"path": value}} if isinstance(value, str) else value
+
+
 class DataConfig(Section):
-    train: str
-    """Folder of training shards with their index (see `symile-dist shards index`)."""
+    train: Annotated[
+        dict[str, DatasetConfig],
+        Field(min_length=1),
+        BeforeValidator(_named_datasets, json_schema_input_type=str | dict[str, DatasetConfig]),
+    ]
+    """Training shards with their index (see `symile-dist shards index`): a folder, or a mixture of several as
+    `{name: {path: ..., weight: ...}}`."""
     validation: str | None = None
     """Folder of validation shards; without it there is no validation in the loop."""
     test: str | None = None
     """Folder of test shards for `symile-dist evaluate`; the validation shards when left out."""
+    storage: StorageConfig = StorageConfig()
+    """How shards at s3://... and other URLs are reached and cached."""
+    require: Literal["all"] | Positive | list[str] = "all"
+    """Which samples are used: those with `all` modalities, those with at least so many, or those with the named ones.
+    A modality that a sample lacks comes as zeros, marked in `Batch.present`."""
+    missing_probability: Fraction | dict[str, Fraction] = 0.0
+    """For experiments: withholds each modality (or the named ones) of a training or validation sample with this
+    probability; always the same ones of the same sample."""
     lanes: Positive | None = None
     """Number of lanes that the shards of an epoch are dealt to; must divide global_batch_size. Chosen from
     global_batch_size and the number of shards when left out."""
@@ -96,6 +178,9 @@ class DataConfig(Section):
     """Member that holds a sample's metadata (JSON)."""
     label: str | None = "class"
     """Key in the metadata that holds the class which retrieval is judged by; null: each sample is its own class."""
+    on_error: Literal["quarantine", "stop"] = "quarantine"
+    """What an unreadable sample does: `quarantine` masks it, writes it down and leaves it out from the next epoch on;
+    `stop` ends the run."""
     max_bad_fraction: Fraction = 0.01
     """The run stops when more than this fraction of the samples read so far (of at least 1,000) was unreadable."""
 
@@ -254,7 +339,13 @@ class Config(Section):
             return path if path is None or "://" in path else str(Path(path).resolve())
 
         run = {"directory": absolute(str(self.run_directory)), "init_from": absolute(self.run.init_from)}
-        data = {key: absolute(getattr(self.data, key)) for key in ("train", "validation", "test")}
+        data: dict[str, Any] = {key: absolute(getattr(self.data, key)) for key in ("validation", "test")}
+        data["train"] = {
+            name: dataset.model_copy(update={"path": absolute(dataset.path)})
+            for name, dataset in self.data.train.items()
+        }
+        storage = {"cache_directory": absolute(self.data.storage.cache_directory)}
+        data["storage"] = self.data.storage.model_copy(update=storage)
         return self.model_copy(
             update={"run": self.run.model_copy(update=run), "data": self.data.model_copy(update=data)}
         )
@@ -296,6 +387,7 @@ def _cross_checks(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             ("data", "lanes"),
             f"{config.data.lanes} does not divide train.global_batch_size = {batch}; leave it out to have it chosen",
         )
+    yield from _data_checks(config)
     if config.validation.every and not config.data.validation:
         yield ("validation", "every"), "needs data.validation, a folder of validation shards"
     for key, folder in (("directory", config.run.directory), ("init_from", config.run.init_from)):
@@ -317,6 +409,40 @@ def _cross_checks(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             yield ("modalities", name), "a modality's name is made of letters, digits and '_', and begins with a letter"
     if all(modality.freeze for modality in config.modalities.values()):
         yield ("modalities",), "every encoder is frozen: there is nothing to train"
+
+
+PICKLES = ("pickle", "pkl", "pyd", "pt", "pth", "joblib")
+"""Suffixes of files that run code when they are read."""
+
+
+def _data_checks(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    data, modalities = config.data, config.modalities
+    folders: list[tuple[tuple[str, ...], str]] = [
+        (("data", "train", name), dataset.path) for name, dataset in data.train.items()
+    ]
+    folders += [(("data", "validation"), data.validation or "."), (("data", "test"), data.test or ".")]
+    for path, folder in folders:
+        try:
+            local_path(folder)
+        except ValueError as error:
+            yield path, str(error)
+    for name in data.train:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+            yield ("data", "train", name), "a dataset's name is made of up to 64 letters, digits, '_' and '-'"
+    if isinstance(data.require, int) and data.require > len(modalities):
+        yield ("data", "require"), f"{data.require} of {len(modalities)} modalities"
+    named = data.require if isinstance(data.require, list) else []
+    if isinstance(data.require, list) and not named:
+        yield ("data", "require"), "names no modality; write `all`, a number or a list of modalities"
+    missing = data.missing_probability if isinstance(data.missing_probability, dict) else {}
+    for key, names in (("require", named), ("missing_probability", missing)):
+        for name in names:
+            if name not in modalities:
+                yield ("data", key), f"unknown modality '{name}'{suggestion(name, list(modalities))}"
+    for name, modality in modalities.items():
+        suffix = modality.member.lower().rpartition(".")[2]
+        if suffix in PICKLES and ":" not in modality.decoder.name:
+            yield ("modalities", name, "member"), f"a '.{suffix}' file is a pickle, which runs code when it is read"
 
 
 def _component_checks(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -418,6 +544,8 @@ def _model_at(path: KeyPath) -> type[BaseModel] | None:
             return None
         if model is Config and part == "modalities":
             return ModalityConfig if len(path) == 2 else (Component if len(path) == 3 else None)
+        if model is DataConfig and part == "train":
+            return DatasetConfig
         field = model.model_fields.get(part)
         annotation = field.annotation if field else None
         model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

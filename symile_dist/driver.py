@@ -182,7 +182,8 @@ def launch(
     Arguments as in `run_directory.check` and `run`. Returns and raises what `run` does; after a ValueError nothing has
     been written.
     """
-    preflight(config, fresh)
+    for warning in preflight(config, fresh)[:5]:
+        logger.warning("%s", warning)
     run_directory.check(config, fresh, resume)
     done = [] if fresh else complete_checkpoints(config.run_directory / CHECKPOINTS)
     if done and done[-1][0] >= config.train.steps:

@@ -7,3 +7,7 @@ class RunStopped(RuntimeError):
 
 class RunFailed(RuntimeError):
     """The run ended without reaching its last step (exit code 1)."""
+
+
+class StorageError(RuntimeError):
+    """A disk or an object store that does not answer as it should; the message names the file or the URL."""

@@ -14,10 +14,15 @@ from typing import Any
 from symile_dist.checkpoint.manifest import CHECKPOINTS, CheckpointError, check_fits, complete_checkpoints
 from symile_dist.checkpoint.manifest import read_manifest as read_checkpoint
 from symile_dist.config import Config
+from symile_dist.data.index import ShardError
 from symile_dist.data.loader import open_training, open_validation
+from symile_dist.data.manifest import differences as shard_differences
+from symile_dist.data.manifest import read_manifest
+from symile_dist.errors import RunStopped
 from symile_dist.model import make_objective
 from symile_dist.registry import DECODERS, ENCODERS, TRANSFORMS, build, check_options, resolve, suggestion
 from symile_dist.run_directory import differences, load_run
+from symile_dist.storage import Folder
 
 
 def _checks(config: Config) -> list[Callable[[], Any]]:
@@ -39,12 +44,14 @@ def _checks(config: Config) -> list[Callable[[], Any]]:
         if config.objective.options.get("backend") == "triton" and not config.ray.gpus_per_worker:
             raise ValueError("objective.backend=triton needs GPUs: set ray.gpus_per_worker=1, or leave the backend out")
 
-    def data(directory: str, train: bool) -> None:
-        dataset, _ = open_validation(config, directory, rank=0, max_samples=None)
-        dataset.first_readable()
-        lanes, samples = config.data.lanes, dataset.population.num_samples
-        if train and lanes and lanes > samples:
-            raise ValueError(f"data.lanes = {lanes} exceeds the {samples} samples of {directory}")
+    def training_data() -> None:
+        try:
+            open_training(config, rank=0, start_step=0)
+        except RunStopped as error:
+            raise ValueError(str(error)) from None
+
+    def held_out_data(directory: str) -> None:
+        open_validation(config, directory, rank=0, max_samples=None)
 
     def best_metric() -> None:
         known = ["loss"] + [
@@ -62,10 +69,35 @@ def _checks(config: Config) -> list[Callable[[], Any]]:
     checks: list[Callable[[], Any]] = [objective, best_metric, warm_start]
     for name in config.modalities:
         checks += [lambda n=name: encoder(n), lambda n=name: decoder(n), lambda n=name: transform(n)]  # type: ignore[misc]
-    checks.append(lambda: data(config.data.train, train=True))
-    for directory in {config.data.validation, config.data.test} - {None, config.data.train}:
-        checks.append(lambda d=directory: data(d, train=False))  # type: ignore[misc]
+    checks.append(training_data)
+    for directory in {config.data.validation, config.data.test} - {None}:
+        checks.append(lambda d=directory: held_out_data(d))  # type: ignore[misc]
     return checks
+
+
+def _changed_shards(config: Config) -> list[str]:
+    """Warnings of shards that are not as their manifest says.
+
+    Raises ValueError for shards that it does not list, and for any change where `data.on_error` is stop.
+    """
+    warnings, problems = [], []
+    held_out = {config.data.validation, config.data.test} - {None}
+    for url in dict.fromkeys([*(dataset.path for dataset in config.data.train.values()), *held_out]):
+        folder = Folder(str(url), config.data.storage)
+        try:
+            manifest, files = read_manifest(folder.url, config.data.storage, check=False), folder.list()
+        except (ShardError, FileNotFoundError):
+            continue  # told by the check that opens it
+        for name, words in shard_differences(manifest, files).items():
+            line = f"{folder / name}: {words}"
+            if config.data.on_error == "stop" or name not in {shard.name for shard in manifest.shards}:
+                problems.append(f"{line}; if that is as it should be: symile-dist shards index {folder.url}")
+            else:
+                warnings.append(f"{line}; its samples are left out (data.on_error=quarantine)")
+    if problems:
+        more = f"\n(and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise ValueError("\n".join(problems[:5]) + more)
+    return warnings
 
 
 def _check_continues(config: Config) -> None:
@@ -91,13 +123,16 @@ def _check_continues(config: Config) -> None:
             f"with run.init_from={config.run_directory}"
         )
     check_fits(manifest, config.world_size, config.train.zero_stage, config.train.precision)
-    open_training(config, rank=0, start_step=manifest.step).check_state(manifest.loader_state)
+    open_training(config, rank=0, start_step=manifest.step, saved=manifest.loader_state)
 
 
-def preflight(config: Config, fresh: bool = False) -> None:
-    """Raises ValueError with one line per problem. `fresh`: what the run directory holds does not matter."""
+def preflight(config: Config, fresh: bool = False) -> list[str]:
+    """Raises ValueError with one line per problem; returns warnings. `fresh`: what the run directory holds does not
+    matter."""
     problems: list[str] = []
-    for check in _checks(config) + ([] if fresh else [lambda: _check_continues(config)]):
+    warnings: list[str] = []
+    checks = [*_checks(config), lambda: warnings.extend(_changed_shards(config))]
+    for check in checks + ([] if fresh else [lambda: _check_continues(config)]):
         try:
             check()
         except ValueError as error:
@@ -105,6 +140,7 @@ def preflight(config: Config, fresh: bool = False) -> None:
                 problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
+    return warnings
 
 
 def newest_checkpoint(run: str | Path) -> tuple[int, Path]:

@@ -22,7 +22,9 @@ def philox(*key: int | str) -> np.random.Philox:
 def permutation(n: int, *key: int | str) -> NDArray[np.int64]:
     """A uniform permutation of range(n), a pure function of (n, key).
 
-    The argsort of n 64-bit words; `stable` settles the (n^2 / 2^65 likely) ties the same way everywhere.
+    64-bit words, whose lowest bits are replaced with their place, are sorted: the order of their high bits is the
+    permutation, and the place settles ties the same way everywhere. (Sorting is several times faster than argsort.)
     """
     words = np.asarray(philox(*key).random_raw(n), dtype=np.uint64)
-    return np.argsort(words, kind="stable").astype(np.int64)
+    mask = np.uint64((1 << max(0, n - 1).bit_length()) - 1)
+    return (np.sort((words & ~mask) | np.arange(n, dtype=np.uint64)) & mask).astype(np.int64)

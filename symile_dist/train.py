@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from symile_dist.checkpoint.manager import CheckpointManager
 from symile_dist.checkpoint.manifest import Manifest
 from symile_dist.config import Config
-from symile_dist.data.loader import Loader
-from symile_dist.distributed import all_reduce_sum
+from symile_dist.data.loader import TrainingLoader
+from symile_dist.distributed import all_reduce_sum, gather_objects
 from symile_dist.engine import Engine
 from symile_dist.errors import RunStopped
 from symile_dist.metrics.recorder import Recorder
 from symile_dist.step import TrainedStep, train_step
-from symile_dist.types import Batch
+from symile_dist.types import Batch, Fault
 from symile_dist.validate import Validator
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class TrainState:
 def train(
     config: Config,
     engine: Engine,
-    loader: Loader,
+    loader: TrainingLoader,
     validator: Validator | None,
     checkpoints: CheckpointManager,
     recorder: Recorder,
@@ -62,10 +62,10 @@ def train(
     last = time.perf_counter()
     for batch in _timed(loader, recorder):
         trained = train_step(engine, batch, state.step, recorder)
-        _count(config, state, batch, trained, recorder, time.perf_counter() - last)
+        _count(config, state, batch, trained, loader, recorder, time.perf_counter() - last)
         due = {what for what, every in due_for.items() if state.step == steps or (every and state.step % every == 0)}
         if "log" in due:
-            _log(config, engine, state, trained, recorder)
+            _log(config, engine, state, trained, loader, recorder)
         if "validation" in due and validator:
             _validate(config, state, validator, recorder)
         if "save" in due:
@@ -74,7 +74,7 @@ def train(
     return state
 
 
-def _timed(loader: Loader, recorder: Recorder) -> Iterator[Batch]:
+def _timed(loader: TrainingLoader, recorder: Recorder) -> Iterator[Batch]:
     batches = iter(loader)
     while True:
         with recorder.phase("data_wait"):
@@ -85,7 +85,13 @@ def _timed(loader: Loader, recorder: Recorder) -> Iterator[Batch]:
 
 
 def _count(
-    config: Config, state: TrainState, batch: Batch, trained: TrainedStep, recorder: Recorder, seconds: float
+    config: Config,
+    state: TrainState,
+    batch: Batch,
+    trained: TrainedStep,
+    loader: TrainingLoader,
+    recorder: Recorder,
+    seconds: float,
 ) -> None:
     """Counts the step, and stops the run when it can only go on wrongly."""
     local = int(batch.valid.sum())
@@ -95,16 +101,9 @@ def _count(
     state.samples_seen += valid
     state.unreadable_samples += config.train.global_batch_size - valid
     recorder.count_step(seconds, local, valid, trained.result.applied)
-    recorder.count_data(batch.bytes_read, batch.faults)
-    for detail in batch.fault_details:
-        logger.warning("step %d: unreadable sample: %s", state.step, detail)
-    read = state.samples_seen + state.unreadable_samples
-    if read >= 1000 and state.unreadable_samples > config.data.max_bad_fraction * read:
-        raise RunStopped(
-            f"step {state.step}: {state.unreadable_samples} of {read} samples were unreadable, more than "
-            f"data.max_bad_fraction = {config.data.max_bad_fraction}; the shards are in {config.data.train}, and "
-            f"{config.run_directory / 'logs'} names the samples"
-        )
+    recorder.count_data(batch, loader.queue_depth)
+    if valid < config.train.global_batch_size:
+        _unreadable(config, state, batch, loader, recorder)
     if trained.result.applied:
         state.consecutive_skips = 0
         return
@@ -119,7 +118,41 @@ def _count(
         )
 
 
-def _log(config: Config, engine: Engine, state: TrainState, trained: TrainedStep, recorder: Recorder) -> None:
+def _unreadable(config: Config, state: TrainState, batch: Batch, loader: TrainingLoader, recorder: Recorder) -> None:
+    """Tells what could not be read, on any rank, and leaves it out from the next epoch on, or stops the run."""
+    faults = [fault for part in gather_objects(batch.faults) for fault in part]
+    if config.data.on_error == "stop":
+        raise RunStopped(
+            f"step {state.step}: unreadable (data.on_error=stop): {'; '.join(map(str, faults[:3]))}"
+            f"{f' and {len(faults) - 3} more' if len(faults) > 3 else ''}. Mend the shards (symile-dist shards verify "
+            "names everything that is wrong with them), or set data.on_error=quarantine"
+        )
+    for entry in loader.exclude(faults):
+        fault = Fault(entry.kind, entry.dataset, entry.shard, entry.row, entry.member, entry.offset, entry.reason)
+        recorder.event(
+            state.step, f"unreadable: {fault}; left out from epoch {entry.epoch} of {entry.dataset} on", level="warning"
+        )
+        logger.warning("step %d: unreadable: %s", state.step, fault)
+    read = state.samples_seen + state.unreadable_samples
+    if read >= 1000 and state.unreadable_samples > config.data.max_bad_fraction * read:
+        worst = ", ".join(f"{shard} ({count})" for shard, count in loader.quarantine.worst_shards())
+        raise RunStopped(
+            f"step {state.step}: {state.unreadable_samples} of {read} samples were unreadable, more than "
+            f"data.max_bad_fraction = {config.data.max_bad_fraction}; the worst shards: {worst}. All of them: "
+            f"symile-dist shards quarantine {config.run_directory}"
+        )
+
+
+def _log(
+    config: Config,
+    engine: Engine,
+    state: TrainState,
+    trained: TrainedStep,
+    loader: TrainingLoader,
+    recorder: Recorder,
+) -> None:
+    if recorder.tells_node:
+        recorder.count_fetched(loader.fetch_counters())
     loss = float(trained.loss)
     values = {name: float(value) for name, value in trained.metrics.items()}
     if getattr(engine.module.objective, "bounds_total_correlation", False):
@@ -139,6 +172,10 @@ def _log(config: Config, engine: Engine, state: TrainState, trained: TrainedStep
 def _validate(config: Config, state: TrainState, validator: Validator, recorder: Recorder) -> None:
     with recorder.phase("eval"):
         values = validator.run()
+    for fault in validator.faults[:3]:
+        recorder.event(state.step, f"unreadable in validation: {fault}", level="warning")
+    if validator.faults and config.data.on_error == "stop":
+        raise RunStopped(f"step {state.step}: unreadable in validation (data.on_error=stop): {validator.faults[0]}")
     name = config.validation.best_metric
     value = values[name]
     better = state.best_value is None or (value < state.best_value if name == "loss" else value > state.best_value)
@@ -149,7 +186,7 @@ def _validate(config: Config, state: TrainState, validator: Validator, recorder:
 
 
 def _save(
-    engine: Engine, loader: Loader, checkpoints: CheckpointManager, recorder: Recorder, state: TrainState
+    engine: Engine, loader: TrainingLoader, checkpoints: CheckpointManager, recorder: Recorder, state: TrainState
 ) -> None:
     recorder.flush()
     with recorder.phase("checkpoint"):

@@ -50,6 +50,40 @@ Inputs = Tensor | Padded
 Representation = Tensor | PointSet
 
 
+class Fault(NamedTuple):
+    """A sample, or a whole shard, that could not be read."""
+
+    kind: str
+    """See READ_ERROR_KINDS in metrics/names.py."""
+    dataset: str
+    shard: str
+    row: int
+    """Of the shard's index; -1: the whole shard."""
+    member: str
+    """The first one that is bad; empty for a whole shard."""
+    offset: int
+    """Of the member's data in the shard, bytes; -1 where there is none."""
+    reason: str
+
+    def __str__(self) -> str:
+        place = f", sample {self.row}" if self.row >= 0 else ""
+        member = f", member '{self.member}'" if self.member else ""
+        offset = f" at byte {self.offset}" if self.offset >= 0 else ""
+        return f"{self.shard}{place}{member}{offset}: {self.reason} ({self.kind})"
+
+
+@dataclass
+class ReadCounts:
+    """What reading a batch took."""
+
+    bytes: int = 0
+    shards_opened: int = 0
+    samples: dict[str, int] = field(default_factory=dict)
+    """Slots by dataset."""
+    missing: dict[str, int] = field(default_factory=dict)
+    """Samples that lack a modality, by modality."""
+
+
 @dataclass
 class Batch:
     """One rank's share of a global batch."""
@@ -64,16 +98,15 @@ class Batch:
     """(n,) int64: the sample's number in the dataset, stable over epochs, world sizes and restarts."""
     labels: list[str] = field(default_factory=list)
     """n class labels, for evaluation; empty where the config names no label."""
-    faults: dict[str, int] = field(default_factory=dict)
-    """What went wrong while reading, by kind: counted in the metrics."""
-    fault_details: list[str] = field(default_factory=list)
-    """The first few of them in words: shard, row and reason."""
-    bytes_read: int = 0
+    faults: list[Fault] = field(default_factory=list)
+    """The samples of this share that could not be read: their slots are not valid."""
+    read: ReadCounts = field(default_factory=lambda: ReadCounts())
+    """What reading the batch took, for the metrics."""
 
     def rows(self, rows: slice) -> Batch:
         """Some rows, with what encoders and objectives see of them; without labels and faults."""
         part = self._map(lambda tensor: tensor[rows])
-        return replace(part, sample_ids=self.sample_ids[rows], labels=[], faults={}, fault_details=[], bytes_read=0)
+        return replace(part, sample_ids=self.sample_ids[rows], labels=[], faults=[], read=ReadCounts())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         inputs: dict[str, Inputs] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +17,7 @@ from symile_dist.distributed import all_gather, gather_objects, rank
 from symile_dist.engine import Engine
 from symile_dist.evaluation.retrieval import Similarity, class_numbers, directions, retrieval_accuracy
 from symile_dist.similarity import MIPSimilarity
-from symile_dist.types import Batch, Representation, StepReport
+from symile_dist.types import Batch, Fault, Representation, StepReport
 
 
 @dataclass
@@ -77,9 +77,11 @@ class Validator:
         assert config.data.validation is not None
         self.engine, self.config = engine, config
         self.dataset, self.steps = open_validation(
-            config, config.data.validation, rank(), config.validation.max_samples
+            config, config.data.validation, rank(), config.validation.max_samples, withhold=True
         )
         self.modalities = list(config.modalities)
+        self.faults: list[Fault] = []
+        """What could not be read in the last pass, on any rank: all ranks have the same list."""
 
     def run(self) -> dict[str, float]:
         """Values by name: `loss`, `accuracy/<target>_from_<queries>` and, where the objective has one, the bound."""
@@ -87,11 +89,13 @@ class Validator:
         with torch.random.fork_rng(devices=devices):
             self.engine.train(False)
             try:
-                batches = Loader(self.dataset, self.config.data, 0, self.steps)
+                faults: list[Fault] = []
+                batches = _telling(Loader(self.dataset, self.config, 0, self.steps), faults)
                 engine, size = self.engine, self.config.encoded_at_once
                 held_out = held_out_pass(
                     partial(gradcache.forward, engine.encode, engine.objective, size=size), batches
                 )
+                self.faults = [fault for part in gather_objects(faults) for fault in part]
                 values = {"loss": held_out.loss}
                 values |= bound_values(self.engine.module.objective, held_out, self.config.train.global_batch_size)
                 similarity = similarity_of(self.engine.module.objective)
@@ -100,6 +104,13 @@ class Validator:
             finally:
                 self.engine.train(True)
         return values
+
+
+def _telling(batches: Iterable[Batch], faults: list[Fault]) -> Iterator[Batch]:
+    """The batches, their faults collected."""
+    for batch in batches:
+        faults += batch.faults
+        yield batch
 
 
 def accuracies(similarity: Similarity, held_out: HeldOut, modalities: list[str]) -> dict[str, float]:

@@ -82,7 +82,11 @@ def _make_recorder(config: Config, rank: int, board: Any) -> Recorder:
     port = metrics.port + rank if metrics.port else 0
     exporter = None
     if metrics.enabled:
-        exporter = Exporter(port, metrics.address, label_values={"modality": list(config.modalities)})
+        exporter = Exporter(
+            port,
+            metrics.address,
+            label_values={"modality": list(config.modalities), "dataset": list(config.data.train)},
+        )
     board.join.remote(
         {
             "rank": rank,
@@ -91,7 +95,8 @@ def _make_recorder(config: Config, rank: int, board: Any) -> Recorder:
             "metrics_url": exporter.url if exporter else None,
         }
     )
-    return Recorder(exporter, publish=board.post.remote)
+    tells_node = ray.train.get_context().get_local_rank() == 0
+    return Recorder(exporter, publish=board.post.remote, tells_node=tells_node)
 
 
 def _train(config: Config, rank: int, recorder: Recorder) -> TrainState:
@@ -106,9 +111,7 @@ def _train(config: Config, rank: int, recorder: Recorder) -> TrainState:
     state = TrainState.from_manifest(manifest) if manifest else TrainState()
     problem = None
     try:
-        loader = open_training(config, rank, state.step)
-        if manifest:
-            loader.check_state(manifest.loader_state)
+        loader = open_training(config, rank, state.step, manifest.loader_state if manifest else None, persist=rank == 0)
     except (ValueError, OSError) as error:
         problem = str(error)
     raise_together(problem)

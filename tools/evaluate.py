@@ -55,7 +55,10 @@ def find_checkpoint(config: Config, step: str) -> Path:
 def split_directory(config: Config, split: str) -> str:
     """The folder of a split's shards; the validation shards stand in for a test split that the config lacks."""
     data = config.data
-    directory = {"test": data.test or data.validation, "validation": data.validation, "train": data.train}[split]
+    if split == "train" and len(data.train) > 1:
+        raise ValueError(f"data.train is a mixture of {', '.join(data.train)}: set data.test to one of their folders")
+    train = next(iter(data.train.values())).path
+    directory = {"test": data.test or data.validation, "validation": data.validation, "train": train}[split]
     if directory is None:
         raise ValueError(f"the config names no shards for the {split} split (data.{split}); try --split train")
     return directory
@@ -63,7 +66,7 @@ def split_directory(config: Config, split: str) -> str:
 
 def _batches(config: Config, directory: str) -> Iterator[Batch]:
     dataset, steps = open_validation(config, directory, rank=0, max_samples=None)
-    return iter(Loader(dataset, config.data, 0, steps))
+    return iter(Loader(dataset, config, 0, steps))
 
 
 def evaluate_run(

@@ -143,7 +143,7 @@ def _accuracy(config: Config, module: TrainingModule) -> float:
             lambda part: evaluated(part, None), evaluated, batch, step, size=config.encoded_at_once
         )
 
-    held_out = held_out_pass(forward, Loader(dataset, config.data, 0, steps))
+    held_out = held_out_pass(forward, Loader(dataset, config, 0, steps))
     values = accuracies(similarity_of(evaluated.objective), held_out, list(config.modalities))
     return values[f"accuracy/{DIRECTION}"]
 

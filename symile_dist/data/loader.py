@@ -1,239 +1,39 @@
-"""From a folder of shards to the batches of one rank.
+"""From shards to the batches of one rank.
 
-The loader's whole state is the number of batches consumed: `Loader(..., start_step=t)` goes on exactly where a run
-that had consumed t batches stood, with any number of loader processes.
+The loader's whole state is the number of batches consumed and which samples are in quarantine: `open_training(...,
+start_step=t)` goes on exactly where a run that had consumed t batches stood, with any number of loader processes.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import multiprocessing
 import multiprocessing.context
-import os
-import zlib
-from collections import Counter, OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from symile_dist.config import Config, DataConfig, ModalityConfig
-from symile_dist.data.index import ABSENT, ShardError, ShardIndex, read_index, read_member_bytes
-from symile_dist.data.manifest import Manifest, read_manifest
-from symile_dist.data.order import LanesWindowsOrder, Order, SequentialOrder, choose_lanes
-from symile_dist.registry import DECODERS, TRANSFORMS, build, check_options, resolve
-from symile_dist.seeding import philox
-from symile_dist.types import Batch, Inputs, Padded
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """How one modality comes from its member's bytes to a tensor."""
-
-    name: str
-    member: str
-    decode: Any
-    decode_options: dict[str, Any]
-    transform: Any
-
-    @classmethod
-    def from_config(cls, name: str, modality: ModalityConfig) -> _Reader:
-        decode = resolve(modality.decoder.name, DECODERS, "decoder")
-        check_options(decode, {"data": b"", **modality.decoder.options}, "decoder", modality.decoder.name)
-        transform = build(modality.transform.name, modality.transform.options, TRANSFORMS, "transform")
-        return cls(name, modality.member.lower(), decode, modality.decoder.options, transform)
-
-    def __call__(self, data: bytes, rng: np.random.Generator | None) -> torch.Tensor:
-        return self.transform(self.decode(data, **self.decode_options), rng)
-
-
-def collate(samples: list[torch.Tensor], variable_length: bool) -> Inputs:
-    """Stacks samples of one shape, or pads their first dimension with zeros.
-
-    Raises ValueError when shapes differ for a transform that promised one shape.
-    """
-    if not variable_length:
-        shapes = {tuple(sample.shape) for sample in samples}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"samples of unequal shapes {sorted(shapes)[:3]}: set a size in the transform, or give the transform "
-                "`variable_length = True`"
-            )
-        return torch.stack(samples)
-    lengths = torch.tensor([len(sample) for sample in samples], dtype=torch.int64)
-    first = samples[0]
-    values = first.new_zeros((len(samples), int(lengths.max()), *first.shape[1:]))
-    for row, sample in enumerate(samples):
-        values[row, : len(sample)] = sample
-    return Padded(values, lengths)
-
-
-def _wanted_members(config: Config) -> list[str]:
-    return list(dict.fromkeys(modality.member.lower() for modality in config.modalities.values()))
-
-
-def _check_members(manifest: Manifest, config: Config) -> None:
-    for name, modality in config.modalities.items():
-        if modality.member.lower() not in manifest.members:
-            raise ShardError(
-                f"{manifest.directory}: no sample has a member '{modality.member}' (modality '{name}'); "
-                f"its members are: {', '.join(manifest.members)}"
-            )
-
-
-class Population:
-    """The samples of a folder that have every modality's member, shard by shard.
-
-    Raises ShardError when none is left.
-    """
-
-    def __init__(self, manifest: Manifest, config: Config) -> None:
-        _check_members(manifest, config)
-        self.manifest = manifest
-        self._wanted = _wanted_members(config)
-        self._open: OrderedDict[int, tuple[ShardIndex, np.ndarray]] = OrderedDict()
-        self.shard_starts = np.concatenate([[0], np.cumsum([s.samples for s in manifest.shards])]).astype(np.int64)
-        self.sizes = [len(self.rows(shard)) for shard in range(len(manifest.shards))]
-        self.num_samples = sum(self.sizes)
-        if self.num_samples == 0:
-            raise ShardError(
-                f"{manifest.directory}: none of the {manifest.samples} samples has all of the members "
-                f"{', '.join(self._wanted)}"
-            )
-
-    def _shard(self, shard: int) -> tuple[ShardIndex, np.ndarray]:
-        if shard not in self._open:
-            entry = self.manifest.shards[shard]
-            index = read_index(self.manifest.directory / entry.name, entry.index_sha256)
-            if len(index) != entry.samples:
-                raise ShardError(
-                    f"{self.manifest.directory / entry.name}: its index has {len(index)} samples, the manifest says "
-                    f"{entry.samples}; make them with: symile-dist shards index {self.manifest.directory} --force"
-                )
-            missing = [member for member in self._wanted if member not in index.members]
-            columns = [index.members.index(member) for member in self._wanted if member in index.members]
-            complete = (index.sizes[:, columns] != ABSENT).all(axis=1)
-            if missing:
-                complete[:] = False
-            self._open[shard] = (index, np.flatnonzero(complete))
-            while len(self._open) > 256:
-                self._open.popitem(last=False)
-        self._open.move_to_end(shard)
-        return self._open[shard]
-
-    def index(self, shard: int) -> ShardIndex:
-        return self._shard(shard)[0]
-
-    def rows(self, shard: int) -> np.ndarray:
-        """Rows of the shard's index that belong to the population."""
-        return self._shard(shard)[1]
-
-
-class StepDataset(Dataset[Batch]):
-    """`dataset[t]` is this rank's share of global batch t. Map-style, so that batches come back in order."""
-
-    def __init__(self, population: Population, order: Order, config: Config, rank: int, train: bool) -> None:
-        self.population, self.order, self.rank, self.train = population, order, rank, train
-        self.seed, self.label, self.metadata_member = config.seed, config.data.label, config.data.metadata_member
-        self.readers = [_Reader.from_config(name, modality) for name, modality in config.modalities.items()]
-        share = order.global_batch_size // config.world_size
-        self.low, self.high = rank * share, (rank + 1) * share
-        self._files: OrderedDict[int, int] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}  # descriptors do not travel to loader processes
-
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._files:
-            path = self.population.manifest.directory / self.population.manifest.shards[shard].name
-            self._files[shard] = os.open(path, os.O_RDONLY)
-            while len(self._files) > 64:
-                os.close(self._files.popitem(last=False)[1])
-        self._files.move_to_end(shard)
-        return self._files[shard]
-
-    def _sample(self, shard: int, row: int, epoch: int) -> tuple[list[torch.Tensor], str, int]:
-        """The tensors, the label and the bytes of one sample. Raises ShardError, OSError or ValueError."""
-        index = self.population.index(shard)
-        members = list(dict.fromkeys([*(reader.member for reader in self.readers), self.metadata_member]))
-        columns = {member: index.members.index(member) for member in members if member in index.members}
-        parts = read_member_bytes(self._descriptor(shard), index, row, list(columns.values()))
-        data = dict(zip(columns, parts, strict=True))
-        sample_id = int(self.population.shard_starts[shard]) + row
-        rng = np.random.Generator(philox("augment", self.seed, epoch, sample_id)) if self.train else None
-        tensors = [reader(data[reader.member], rng) for reader in self.readers]
-        label = f"sample {sample_id}"  # a class of its own, which no label of another sample equals
-        if self.label is not None and not self.train and data.get(self.metadata_member):
-            metadata = json.loads(data[self.metadata_member])
-            if not isinstance(metadata, dict):
-                raise ValueError(f"member '{self.metadata_member}' is not a JSON object")
-            label = str(metadata.get(self.label, label))
-        return tensors, label, sum(map(len, parts))
-
-    def __getitem__(self, step: int) -> Batch:
-        slots = self.order.slots(step, self.low, self.high)
-        size = self.high - self.low
-        samples: list[list[torch.Tensor] | None] = []
-        labels: list[str] = []
-        ids = torch.full((size,), -1, dtype=torch.int64)
-        faults: Counter[str] = Counter()
-        details: list[str] = []
-        bytes_read = 0
-        for slot, (shard, place, epoch) in enumerate(zip(*(part.tolist() for part in slots), strict=True)):
-            if shard < 0:
-                samples.append(None)
-                labels.append("")
-                continue
-            row = int(self.population.rows(shard)[place])
-            ids[slot] = int(self.population.shard_starts[shard]) + row
-            try:
-                tensors, label, count = self._sample(shard, row, epoch)
-                samples.append(tensors)
-                labels.append(label)
-                bytes_read += count
-            except (ShardError, OSError, ValueError, RecursionError, zlib.error) as error:
-                # The slot stays, marked invalid: the order never shifts, so all ranks stay in step.
-                kind = (
-                    "checksum" if isinstance(error, ShardError) else "open" if isinstance(error, OSError) else "decode"
-                )
-                faults[kind] += 1
-                if len(details) < 3:
-                    details.append(f"{self.population.manifest.shards[shard].name}, row {row}: {error}")
-                samples.append(None)
-                labels.append("")
-        valid = torch.tensor([sample is not None for sample in samples])
-        filler = next((sample for sample in samples if sample is not None), None)
-        if filler is None:
-            filler = self.first_readable()
-        filled = [sample if sample is not None else filler for sample in samples]
-        inputs = {
-            reader.name: collate(
-                [tensors[m] for tensors in filled], getattr(reader.transform, "variable_length", False)
-            )
-            for m, reader in enumerate(self.readers)
-        }
-        present = torch.ones((size, len(self.readers)), dtype=torch.bool)
-        return Batch(inputs, present, valid, ids, labels, dict(faults), details, bytes_read)
-
-    def first_readable(self) -> list[torch.Tensor]:
-        """The tensors of the first readable sample among the first of the first shards.
-
-        Raises ShardError, with the last reason, when none is readable: decoder or transform then do not fit the data.
-        """
-        reason: Exception | None = None
-        for shard in range(min(8, len(self.population.sizes))):
-            for row in self.population.rows(shard)[:4]:
-                try:
-                    return self._sample(shard, int(row), 0)[0]
-                except (ShardError, OSError, ValueError, RecursionError) as error:
-                    reason = error
-        raise ShardError(
-            f"{self.population.manifest.directory}: no readable sample found ({reason}); the decoder or transform may "
-            "not fit the data, or the shards are damaged"
-        )
+from symile_dist.config import Config
+from symile_dist.data.batches import StepDataset
+from symile_dist.data.cache import ShardCache
+from symile_dist.data.index import ShardError
+from symile_dist.data.order import LaneStream, LanesWindowsOrder, SequentialOrder, choose_lanes
+from symile_dist.data.population import Population
+from symile_dist.data.quarantine import (
+    QUARANTINE,
+    WHOLE_SHARD,
+    Exclusion,
+    Quarantine,
+    continued,
+    parse_quarantine,
+    write_quarantine,
+)
+from symile_dist.data.shards import CachedShards, LocalShards, open_folder
+from symile_dist.errors import RunStopped
+from symile_dist.storage import Folder
+from symile_dist.types import Batch, Fault
 
 
 class _Steps(Sampler[int]):
@@ -264,73 +64,224 @@ def _one_thread(worker: int) -> None:
 class Loader:
     """Iterates over this rank's batches, from `start_step` on; `state` is what a checkpoint keeps of it."""
 
-    def __init__(
-        self, dataset: StepDataset, data: DataConfig, start_step: int, stop_step: int, pin_memory: bool = False
-    ) -> None:
-        self.dataset = dataset
-        self.consumed = start_step
-        processes = data.loader_processes if stop_step > start_step else 0
-        self._loader: DataLoader[Batch] = DataLoader(
-            dataset,
+    def __init__(self, dataset: StepDataset, config: Config, start_step: int, stop_step: int) -> None:
+        self.dataset, self.config = dataset, config
+        self.consumed, self.stop_step = start_step, stop_step
+        self._stale_from: int | None = None
+        self._iterator: Any = None
+
+    def _batches(self) -> DataLoader[Batch]:
+        """From the next step on, with the population as it is known now."""
+        data = self.config.data
+        processes = data.loader_processes if self.stop_step > self.consumed else 0
+        return DataLoader(
+            self.dataset,
             batch_size=None,
-            sampler=_Steps(start_step, stop_step),
+            sampler=_Steps(self.consumed, self.stop_step),
             num_workers=processes,
             prefetch_factor=data.prefetch if processes else None,
             worker_init_fn=_one_thread if processes else None,
             multiprocessing_context=_process_context() if processes else None,
-            pin_memory=pin_memory,
+            pin_memory=self.config.ray.gpus_per_worker > 0,
             # Without one of its own it draws from torch's global generator, once per start: a resumed run's dropout
             # would differ from the undisturbed run's.
             generator=torch.Generator(),
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
-            self.consumed += 1
-            yield batch
+        while self.consumed < self.stop_step:
+            self._iterator = iter(self._batches())
+            for batch in self._iterator:
+                if self._stale_from is not None and self.consumed >= self._stale_from:
+                    # This epoch's batches were prepared before its population was known: prepare them again.
+                    self._stale_from = None
+                    break
+                self.consumed += 1
+                yield batch
+        self._iterator = None
+
+    def fetch_counters(self) -> dict[str, int]:
+        """What the node's fetcher has done; empty where all shards are local."""
+        return self.dataset.holder.counters()
+
+    @property
+    def queue_depth(self) -> int:
+        """Batches that are ready and wait."""
+        queue = getattr(self._iterator, "_data_queue", None)
+        return int(queue.qsize()) if queue is not None else 0
+
+
+class TrainingLoader(Loader):
+    """A loader that leaves out, from the next epoch on, what could not be read.
+
+    Every rank has one and makes the same changes, so their streams stay those of one run.
+    """
+
+    def __init__(
+        self, dataset: StepDataset, config: Config, start_step: int, quarantine: Quarantine, persist: bool
+    ) -> None:
+        super().__init__(dataset, config, start_step, config.train.steps)
+        assert isinstance(dataset.order, LanesWindowsOrder)
+        self.order, self.quarantine, self._persist = dataset.order, quarantine, persist
+
+    def exclude(self, faults: Sequence[Fault]) -> list[Exclusion]:
+        """Writes down what could not be read in the batches consumed so far; to be called on all ranks alike, with
+        the faults of all of them. Returns what is new on the list.
+
+        Raises RunStopped when too few samples are left.
+        """
+        known = {(entry.dataset, entry.shard, entry.row) for entry in self.quarantine.entries if not entry.restored}
+        new: dict[tuple[str, str, int], Exclusion] = {}
+        for kind, dataset, shard, row, member, offset, reason in faults:
+            key = (dataset, shard, row)
+            if key not in known and (dataset, shard, WHOLE_SHARD) not in known:
+                epoch = self.order.next_epoch(self._number(dataset), self.consumed)
+                new[key] = Exclusion(dataset, shard, row, epoch, kind, member, offset, reason[:500], self.consumed)
+        self._change(list(new.values()))
+        if new and self._persist:
+            write_quarantine(self.config.run_directory / QUARANTINE, self.quarantine.entries)
+        return list(new.values())
+
+    def restore(self, entries: Sequence[Exclusion]) -> None:
+        """Uses again, from the next epoch on, what a person has taken off the list."""
+        self._change(
+            [
+                entry._replace(epoch=self.order.next_epoch(self._number(entry.dataset), self.consumed))
+                for entry in entries
+            ]
+        )
+
+    def _number(self, dataset: str) -> int:
+        return [population.name for population in self.dataset.populations].index(dataset)
+
+    def _change(self, entries: list[Exclusion]) -> None:
+        self.quarantine.add(entries)
+        for dataset, epoch in sorted({(entry.dataset, entry.epoch) for entry in entries}):
+            number = self._number(dataset)
+            _apply(self.dataset.populations[number], self.order, number, epoch)
+            first = self.order.first_step(number, epoch)
+            self._stale_from = first if self._stale_from is None else min(first, self._stale_from)
 
     @property
     def state(self) -> dict[str, Any]:
-        order = self.dataset.order
-        state: dict[str, Any] = {
+        populations = self.dataset.populations
+        rule = str(populations[0].requirement)
+        return {
             "batches_consumed": self.consumed,
             "seed": self.dataset.seed,
-            "global_batch_size": order.global_batch_size,
-            "index_digest": self.dataset.population.manifest.digest,
-            "population": self.dataset.population.num_samples,
+            "global_batch_size": self.order.global_batch_size,
+            "lanes": self.order.lanes,
+            "window": self.order.streams[0].window,
+            "index_digest": _digest([population.manifest.digest for population in populations]),
+            "population": sum(sum(population.base_sizes) for population in populations),
+            "require": hashlib.sha256(rule.encode()).hexdigest()[:16],
+            "mixture": _digest([f"{name} {d.weight!r}" for name, d in self.config.data.train.items()])[:16]
+            if len(populations) > 1
+            else "",
+            "quarantine": self.quarantine.state,
         }
-        if isinstance(order, LanesWindowsOrder):
-            state |= {"lanes": order.lanes, "window": order.window}
-        return state
 
     def check_state(self, saved: dict[str, Any]) -> None:
         """Raises ValueError when a checkpoint's stream is not this one: going on would repeat or lose samples."""
         for key, value in self.state.items():
-            if key != "batches_consumed" and saved.get(key) != value:
+            if key not in ("batches_consumed", "quarantine") and saved.get(key) != value:
                 raise ValueError(
                     f"the checkpoint was made with another data stream: {key} was {saved.get(key)}, now {value}; "
                     "resume with the data of the checkpoint, or begin a new run with run.init_from"
                 )
 
 
-def open_training(config: Config, rank: int, start_step: int) -> Loader:
-    """The training stream of a rank. Raises ShardError for a folder without index, ValueError for impossible lanes."""
-    population = Population(read_manifest(config.data.train), config)
-    lanes = config.data.lanes or choose_lanes(
-        config.train.global_batch_size, len(population.sizes), population.num_samples
-    )
-    order = LanesWindowsOrder(population.sizes, config.train.global_batch_size, lanes, config.data.window, config.seed)
-    return Loader(
-        StepDataset(population, order, config, rank, train=True),
-        config.data,
-        start_step,
-        config.train.steps,
-        config.ray.gpus_per_worker > 0,
-    )
+def _digest(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def open_validation(config: Config, directory: str, rank: int, max_samples: int | None) -> tuple[StepDataset, int]:
-    """The validation batches of a rank, `dataset[0] .. dataset[steps - 1]`, and their number."""
-    population = Population(read_manifest(directory), config)
-    order = SequentialOrder(population.sizes, config.train.global_batch_size, max_samples)
-    return StepDataset(population, order, config, rank, train=False), order.steps
+def _apply(population: Population, order: LanesWindowsOrder, dataset: int, epoch: int) -> None:
+    """Has the order use what the quarantine leaves of a population from an epoch on."""
+    population.forget_epochs()
+    try:
+        order.streams[dataset].set_population(epoch, population.sizes(epoch))
+    except ValueError as error:
+        raise RunStopped(
+            f"{population.manifest.url}: too few samples are left without those in quarantine: {error}"
+        ) from None
+
+
+def open_training(
+    config: Config, rank: int, start_step: int, saved: dict[str, Any] | None = None, persist: bool = False
+) -> TrainingLoader:
+    """The training stream of a rank.
+
+    Args:
+        start_step: batches that have been consumed.
+        saved: the loader state of the checkpoint that this goes on from.
+        persist: keep the run's quarantine list on disk: one rank does.
+
+    Raises ShardError for a folder without index or without usable samples, ValueError for impossible lanes and for a
+    checkpoint of another stream.
+    """
+    data, batch_size = config.data, config.train.global_batch_size
+    cache = ShardCache(data.storage)
+    datasets = {name: open_folder(dataset.path, data.storage, cache) for name, dataset in data.train.items()}
+    restored: list[Exclusion] = []
+    if saved:
+        quarantine, restored = continued(config.run_directory / QUARANTINE, saved.get("quarantine", Quarantine().state))
+    else:
+        quarantine = Quarantine(
+            entry._replace(dataset=name, epoch=0)
+            for name, shards in datasets.items()
+            for entry in _own_list(shards, cache)
+        )
+    populations: list[Population] = []
+    first_id = 0
+    for name, shards in datasets.items():
+        populations.append(Population(name, shards, config, quarantine, first_id, withhold=True))
+        first_id += shards.manifest.samples
+    number = min(sum(population.sizes(0)) for population in populations)
+    lanes = data.lanes or choose_lanes(batch_size, sum(len(p.base_sizes) for p in populations), number)
+    several = len(populations) > 1
+    streams = []
+    for population in populations:
+        key = (config.seed, population.name) if several else (config.seed,)
+        try:
+            streams.append(LaneStream(population.sizes(0), lanes, data.window, key))
+        except ValueError as error:
+            raise ShardError(f"{population.manifest.url}: data.lanes: {error}") from None
+        population.indices_kept = 2 * lanes * data.window + 16
+    order = LanesWindowsOrder(streams, batch_size, [dataset.weight for dataset in data.train.values()])
+    for number, population in enumerate(populations):
+        for epoch in quarantine.epochs(population.name):
+            if epoch > 0:
+                _apply(population, order, number, epoch)
+    dataset = StepDataset(populations, order, config, rank, train=True, cache=cache)
+    loader = TrainingLoader(dataset, config, start_step, quarantine, persist)
+    if saved:
+        loader.check_state(saved)
+    loader.restore(restored)
+    if persist and (quarantine.entries or (config.run_directory / QUARANTINE).exists()):
+        write_quarantine(config.run_directory / QUARANTINE, quarantine.entries)
+    return loader
+
+
+def _own_list(shards: LocalShards | CachedShards, cache: ShardCache) -> list[Exclusion]:
+    """What stands in a folder's own quarantine list."""
+    folder = Folder(shards.manifest.url, cache.storage)
+    try:
+        content = folder.read(QUARANTINE) if folder.path is not None else cache.read(folder / QUARANTINE)
+    except FileNotFoundError:
+        return []
+    return parse_quarantine(content, folder / QUARANTINE)
+
+
+def open_validation(
+    config: Config, directory: str, rank: int, max_samples: int | None, withhold: bool = False
+) -> tuple[StepDataset, int]:
+    """The validation batches of a rank, `dataset[0] .. dataset[steps - 1]`, and their number.
+
+    `withhold`: take modalities away as data.missing_probability says. Raises ShardError as `open_training` does.
+    """
+    cache = ShardCache(config.data.storage)
+    shards = open_folder(directory, config.data.storage, cache)
+    quarantine = Quarantine(entry._replace(dataset="held out", epoch=0) for entry in _own_list(shards, cache))
+    population = Population("held out", shards, config, quarantine, withhold=withhold)
+    order = SequentialOrder(population.sizes(0), config.train.global_batch_size, max_samples)
+    return StepDataset([population], order, config, rank, train=False, cache=cache), order.steps

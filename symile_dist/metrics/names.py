@@ -25,7 +25,7 @@ CHECKPOINT_SECONDS_BUCKETS = (0.05, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0,
 PHASES = ("data_wait", "h2d", "forward", "gather", "loss", "backward", "optimizer", "checkpoint", "eval")
 COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter", "broadcast", "barrier")
 SKIP_REASONS = ("nonfinite_loss", "nonfinite_grad", "loss_spike", "grad_spike", "overflow", OTHER)
-READ_ERROR_KINDS = ("open", "truncated", "checksum", "decode", "timeout", "missing_member", OTHER)
+READ_ERROR_KINDS = ("open", "index", "truncated", "checksum", "decode", OTHER)
 DROP_REASONS = ("unreadable", "missing_modality", "quarantined", "filtered", OTHER)
 CHECKPOINT_OPERATIONS = ("save", "stall", "load", "verify")
 RESTART_CAUSES = ("rank_lost", "node_lost", "hang", "out_of_memory", "preemption", "nonfinite", OTHER)
@@ -149,7 +149,35 @@ _TABLE = (
         labels=("kind",),
         label_values={"kind": READ_ERROR_KINDS},
     ),
-    MetricSpec(name="symile_data_retries_total", kind="counter", help="Reads that had to be tried again."),
+    MetricSpec(
+        name="symile_data_samples_total",
+        kind="counter",
+        help="Slots of this rank's batches, by the dataset that they came from.",
+        unit="samples",
+        labels=("dataset",),
+    ),
+    MetricSpec(
+        name="symile_data_fetched_bytes_total",
+        kind="counter",
+        help="Bytes that this node fetched from object stores; served by one rank of a node.",
+        unit="bytes",
+    ),
+    MetricSpec(
+        name="symile_data_requests_total",
+        kind="counter",
+        help="Requests that this node made to object stores; served by one rank of a node.",
+    ),
+    MetricSpec(
+        name="symile_data_retries_total",
+        kind="counter",
+        help="Requests that had to be made again; served by one rank of a node.",
+    ),
+    MetricSpec(
+        name="symile_data_cache_bytes",
+        kind="gauge",
+        help="Bytes in this node's cache of shards; served by one rank of a node.",
+        unit="bytes",
+    ),
     MetricSpec(
         name="symile_data_dropped_samples_total",
         kind="counter",

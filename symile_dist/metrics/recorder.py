@@ -11,6 +11,14 @@ from typing import Any
 from symile_dist.metrics.exporter import Exporter
 from symile_dist.metrics.history import History
 from symile_dist.metrics.names import known_or_other
+from symile_dist.types import Batch
+
+FETCH_COUNTERS = {
+    "bytes_fetched": "symile_data_fetched_bytes_total",
+    "requests": "symile_data_requests_total",
+    "retries": "symile_data_retries_total",
+}
+"""What the fetcher counts -> its metric."""
 
 Publish = Callable[[dict[str, Any]], None]
 
@@ -26,13 +34,19 @@ class Recorder:
         exporter: where Prometheus metrics go; None for none.
         history: the run's history; None on other ranks.
         publish: called with every record, for the driver's live view.
+        tells_node: this rank tells what is true of its node.
     """
 
     def __init__(
-        self, exporter: Exporter | None = None, history: History | None = None, publish: Publish = _ignore
+        self,
+        exporter: Exporter | None = None,
+        history: History | None = None,
+        publish: Publish = _ignore,
+        tells_node: bool = True,
     ) -> None:
-        self.exporter, self.history, self.publish = exporter, history, publish
+        self.exporter, self.history, self.publish, self.tells_node = exporter, history, publish, tells_node
         self._phases: defaultdict[str, float] = defaultdict(float)
+        self._fetched: dict[str, int] = {}
         self._since = time.perf_counter()
         self._steps = self._samples = 0
 
@@ -64,14 +78,35 @@ class Recorder:
             if not applied:
                 self.exporter.increment("symile_train_skipped_steps_total", reason="nonfinite_grad")
 
-    def count_data(self, bytes_read: int, faults: dict[str, int]) -> None:
+    def count_data(self, batch: Batch, queue_depth: int) -> None:
+        """What reading a batch took, and what of it could not be read."""
         if not self.exporter:
             return
-        self.exporter.increment("symile_data_bytes_total", bytes_read)
-        for kind, count in faults.items():
-            name = "symile_data_read_errors_total"
-            self.exporter.increment(name, count, kind=known_or_other(name, "kind", kind))
-            self.exporter.increment("symile_data_dropped_samples_total", count, reason="unreadable")
+        read = batch.read
+        self.exporter.increment("symile_data_bytes_total", read.bytes)
+        self.exporter.increment("symile_data_shards_opened_total", read.shards_opened)
+        self.exporter.set("symile_data_queue_depth", queue_depth)
+        for dataset, count in read.samples.items():
+            self.exporter.increment("symile_data_samples_total", count, dataset=dataset)
+        for modality, count in read.missing.items():
+            self.exporter.increment("symile_data_modality_missing_total", count, modality=modality)
+        name = "symile_data_read_errors_total"
+        for fault in batch.faults:
+            self.exporter.increment(name, kind=known_or_other(name, "kind", fault.kind))
+        unreadable = int((~batch.valid).sum())
+        if unreadable:
+            self.exporter.increment("symile_data_dropped_samples_total", unreadable, reason="unreadable")
+
+    def count_fetched(self, counters: dict[str, int]) -> None:
+        """What the node's fetcher has done since the last call; one rank of a node tells it."""
+        if not self.exporter:
+            return
+        for key, name in FETCH_COUNTERS.items():
+            if key in counters:
+                self.exporter.increment(name, max(0, counters[key] - self._fetched.get(key, 0)))
+        self._fetched = counters
+        if "bytes_cached" in counters:
+            self.exporter.set("symile_data_cache_bytes", counters["bytes_cached"])
 
     def train_record(self, step: int, samples_seen: int, **values: float) -> None:
         """A record of the last steps since the one before, with their speed."""

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from symile_dist.data.order import LanesWindowsOrder, SequentialOrder, Slots, choose_lanes
+from symile_dist.data.order import LaneStream, LanesWindowsOrder, SequentialOrder, Slots, choose_lanes
 
 Sample = tuple[int, int]
 
@@ -21,7 +21,7 @@ def samples(slots: Slots) -> list[Sample]:
 
 def batch(order: LanesWindowsOrder, step: int) -> list[tuple[int, int, int]]:
     """(shard, row, epoch) of a whole global batch."""
-    return list(zip(*(part.tolist() for part in order.slots(step, 0, order.global_batch_size)), strict=True))
+    return list(zip(*(part.tolist() for part in order.slots(step, 0, order.global_batch_size)[1:]), strict=True))
 
 
 class Case:
@@ -40,7 +40,9 @@ class Case:
         self.seed = seed
 
     def order(self, seed: int | None = None) -> LanesWindowsOrder:
-        return LanesWindowsOrder(self.sizes, self.batch, self.lanes, self.window, self.seed if seed is None else seed)
+        return LanesWindowsOrder.of_one(
+            self.sizes, self.batch, self.lanes, self.window, self.seed if seed is None else seed
+        )
 
     def __str__(self) -> str:
         return f"sizes {self.sizes}, G {self.batch}, C {self.lanes}, K {self.window}, seed {self.seed}"
@@ -98,7 +100,7 @@ def test_another_seed_gives_another_order(case: Case) -> None:
 
 
 def test_another_epoch_has_another_order() -> None:
-    order = LanesWindowsOrder([10] * 6, 12, 4, 2, seed=0)
+    order = LanesWindowsOrder.of_one([10] * 6, 12, 4, 2, seed=0)
     first, second = ([sample[:2] for step in range(5 * e, 5 * e + 5) for sample in batch(order, step)] for e in (0, 1))
     assert sorted(first) == sorted(second) and first != second
 
@@ -122,22 +124,22 @@ GOLDEN_DIGEST = "d3040782a55901d41a090b5f08469c42d0b511184316ec588efb536a2979688
 
 def test_the_order_is_the_one_that_checkpoints_rely_on() -> None:
     # Golden: a change here means that every run which resumes repeats and loses samples.
-    order = LanesWindowsOrder([7, 0, 5, 9, 1, 6, 10], global_batch_size=12, lanes=4, window=2, seed=3)
+    order = LanesWindowsOrder.of_one([7, 0, 5, 9, 1, 6, 10], global_batch_size=12, lanes=4, window=2, seed=3)
     assert batch(order, 2) == GOLDEN_BATCH
     content = "\n".join(str(batch(order, step)) for step in range(50))
     assert hashlib.sha256(content.encode()).hexdigest() == GOLDEN_DIGEST
 
 
 def test_a_batch_at_the_boundary_spans_two_epochs() -> None:
-    order = LanesWindowsOrder([5, 6], global_batch_size=4, lanes=2, window=1, seed=0)  # 11 samples
+    order = LanesWindowsOrder.of_one([5, 6], global_batch_size=4, lanes=2, window=1, seed=0)  # 11 samples
     epochs = [sorted({epoch for _, _, epoch in batch(order, step)}) for step in range(6)]
     assert epochs[:2] == [[0], [0]] and [0, 1] in epochs and all(len(batch(order, step)) == 4 for step in range(6))
 
 
 @pytest.mark.parametrize(("size", "lanes"), [(10, 5), (11, 5), (5, 5), (7, 4), (1, 1)])
 def test_lanes_differ_by_one_sample_at_most_and_take_turns(size: int, lanes: int) -> None:
-    order = LanesWindowsOrder([size], lanes, lanes, 1, 0)
-    table = np.array([[order.lane_size(epoch, lane) for lane in range(lanes)] for epoch in range(lanes)])
+    order = LanesWindowsOrder.of_one([size], lanes, lanes, 1, 0)
+    table = np.array([[order.streams[0].lane_size(epoch, lane) for lane in range(lanes)] for epoch in range(lanes)])
     assert table.sum(axis=1).tolist() == [size] * lanes  # an epoch is the whole dataset
     assert table.sum(axis=0).tolist() == [size] * lanes  # in C epochs every lane reads as much
     assert int(table.max() - table.min()) <= 1
@@ -145,32 +147,32 @@ def test_lanes_differ_by_one_sample_at_most_and_take_turns(size: int, lanes: int
 
 def test_resuming_far_into_a_run_takes_no_more_work_than_near_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    consumed_before = LanesWindowsOrder._consumed_before
+    read_in = LaneStream._read_in
 
-    def counting(self: LanesWindowsOrder, epoch: int, lane: int) -> int:
+    def counting(self: LaneStream, generation: int, end: int, lane: int) -> int:
         nonlocal calls
         calls += 1
-        return consumed_before(self, epoch, lane)
+        return read_in(self, generation, end, lane)
 
-    monkeypatch.setattr(LanesWindowsOrder, "_consumed_before", counting)
+    monkeypatch.setattr(LaneStream, "_read_in", counting)
     for sizes, lanes in [([13, 12], 12), ([3, 4], 6), ([1000] * 20, 12)]:
         calls = 0
-        order = LanesWindowsOrder(sizes, 12, lanes, 2, 0)
+        order = LanesWindowsOrder.of_one(sizes, 12, lanes, 2, 0)
         order.slots(10_000_000, 0, 12)
         # Per slot: at most C epochs of search, whatever the step.
         assert calls <= 12 * (lanes + 2), f"{sizes}, C {lanes}: {calls} calls"
 
 
 def test_a_large_dataset_costs_no_memory_per_sample() -> None:
-    order = LanesWindowsOrder([10_000] * 3_300, 4096, 64, 4, 0)  # 33M samples
+    order = LanesWindowsOrder.of_one([10_000] * 3_300, 4096, 64, 4, 0)  # 33M samples
     resumed = order.slots(7_000, 0, 512)  # in the middle of the first epoch, one rank of eight
     assert len(resumed.shard) == 512 and set(resumed.epoch.tolist()) == {0}
-    held = sum(window.shard.nbytes + window.row.nbytes for window in order._windows.values())
-    assert held <= 8 * 2 * 8 * 4 * 10_000, f"{held} bytes for the windows of eight lanes"
+    held = sum(window.shuffled.nbytes for window in order.streams[0]._windows.values())
+    assert held <= 4 * 8 * 4 * 10_000, f"{held} bytes for the windows of eight lanes"
 
 
 def test_windows_mix_shards_and_are_shuffled() -> None:
-    order = LanesWindowsOrder([50] * 8, 50, 1, 4, 0)
+    order = LanesWindowsOrder.of_one([50] * 8, 50, 1, 4, 0)
     first = batch(order, 0)
     assert len({shard for shard, _, _ in first}) == 4  # all of a window's shards
     assert first != sorted(first)
@@ -187,7 +189,7 @@ def test_windows_mix_shards_and_are_shuffled() -> None:
 )
 def test_what_cannot_be_ordered(sizes: list[int], batch_size: int, lanes: int, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
-        LanesWindowsOrder(sizes, batch_size, lanes, 2, 0)
+        LanesWindowsOrder.of_one(sizes, batch_size, lanes, 2, 0)
 
 
 @pytest.mark.parametrize(

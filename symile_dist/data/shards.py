@@ -1,0 +1,148 @@
+"""Where a dataset's bytes come from: files of this machine, or a node's cache of an object store.
+
+Both give the same: the bytes of an index, and a `read(length, offset)` per shard. Nothing here knows of samples' order.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from symile_dist.config import StorageConfig
+from symile_dist.data.cache import Piece, Segment, ShardCache
+from symile_dist.data.index import Read
+from symile_dist.data.manifest import MANIFEST, Manifest, parse_manifest, read_manifest
+from symile_dist.storage import Folder
+
+OPEN_FILES = 512
+"""Descriptors that a process keeps: a descriptor costs little, opening one per sample would cost as much as reading."""
+
+
+class Shards(Protocol):
+    """The shards of one folder."""
+
+    manifest: Manifest
+    opened: int
+    """How many shard files this process has opened."""
+
+    def index(self, shard: int) -> bytes:
+        """The bytes of a shard's index. Raises FileNotFoundError or StorageError."""
+
+    def read(self, shard: int) -> Read:
+        """Raises FileNotFoundError, OSError or StorageError when the shard cannot be opened."""
+
+
+class _Descriptors:
+    """Open files by path, the least recently used ones closed; none of them travels to another process."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self.opened = 0
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"opened": 0}
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self._open, self.opened = OrderedDict(), 0
+
+    def get(self, path: str) -> int:
+        if path not in self._open:
+            self._open[path] = os.open(path, os.O_RDONLY)
+            self.opened += 1
+            while len(self._open) > OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+        self._open.move_to_end(path)
+        return self._open[path]
+
+    def close(self, path: str) -> None:
+        if path in self._open:
+            os.close(self._open.pop(path))
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_open", {}).values():
+            os.close(descriptor)
+
+
+class LocalShards:
+    """Shards on a disk (or a mounted file system)."""
+
+    def __init__(self, manifest: Manifest, folder: Folder) -> None:
+        assert folder.path is not None
+        self.manifest, self.folder = manifest, folder.path
+        self._files = _Descriptors()
+
+    @property
+    def opened(self) -> int:
+        return self._files.opened
+
+    def index(self, shard: int) -> bytes:
+        return (self.folder / f"{self.manifest.shards[shard].name}.idx").read_bytes()
+
+    def read(self, shard: int) -> Read:
+        return partial(os.pread, self._files.get(str(self.folder / self.manifest.shards[shard].name)))
+
+
+class CachedShards:
+    """Shards in an object store, through the node's fetcher (see data/fetcher.py)."""
+
+    def __init__(self, manifest: Manifest, folder: Folder, cache: ShardCache) -> None:
+        self.manifest, self.folder, self.cache = manifest, folder, cache
+        self._files = _Descriptors()
+        self._segments: dict[int, list[Segment]] = {}
+
+    @property
+    def opened(self) -> int:
+        return self._files.opened
+
+    def url(self, shard: int) -> str:
+        return self.folder / self.manifest.shards[shard].name
+
+    def index_piece(self, shard: int) -> Piece:
+        return Piece(f"{self.url(shard)}.idx", 0, self.manifest.shards[shard].index_bytes)
+
+    def index(self, shard: int) -> bytes:
+        url = f"{self.url(shard)}.idx"
+        held = self.cache.segments(url)
+        return Path(held[0].path).read_bytes() if held else self.cache.read(url)
+
+    def forget(self, shard: int) -> None:
+        """Its bytes proved wrong: they are fetched again when they are held next."""
+        for segment in self._segments.pop(shard, []):
+            self._files.close(segment.path)
+        self.cache.forget(self.url(shard))
+
+    def held(self) -> None:
+        """What is held has changed."""
+        self._segments.clear()
+
+    def read(self, shard: int) -> Read:
+        if shard not in self._segments:
+            self._segments[shard] = self.cache.segments(self.url(shard))
+        segments = self._segments[shard]
+        starts = [segment.start for segment in segments]
+
+        def read(length: int, offset: int) -> bytes:
+            # Ranges are cut between samples: what is read of one lies in one segment.
+            segment = segments[bisect_right(starts, offset) - 1]
+            return os.pread(self._files.get(segment.path), length, offset - segment.start)
+
+        return read
+
+
+def open_folder(url: str, storage: StorageConfig, cache: ShardCache) -> LocalShards | CachedShards:
+    """The shards of a folder as its manifest lists them. Raises ShardError without a manifest."""
+    folder = Folder(url, storage)
+    if folder.path is not None:
+        return LocalShards(read_manifest(url, storage, check=False), folder)
+    try:
+        manifest = parse_manifest(cache.read(folder / MANIFEST), folder)
+    except FileNotFoundError:
+        return CachedShards(read_manifest(url, storage), folder, cache)  # raises, with what is there in its place
+    return CachedShards(manifest, folder, cache)
+
+
+__all__ = ["CachedShards", "LocalShards", "Shards", "open_folder"]

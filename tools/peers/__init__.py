@@ -1,0 +1,1 @@
+"""What `symile-dist benchmark data` runs in processes of their own, and the environment of two of the peers."""
