@@ -199,7 +199,7 @@ class Folder:
 def remote_filesystem(url: str, storage: StorageConfig, attempts: int = 5, asynchronous: bool = False) -> Any:
     """fsspec's file system behind a URL. Raises ValueError where a package for its scheme is missing.
 
-    `attempts`: requests that botocore makes before it reports an answer such as 503. s3fs retries nothing by itself: its
+    `attempts`: requests that botocore makes before it reports an answer such as 503. s3fs retries nothing itself: its
     loops multiply (25 requests for one file), and do not tell what can pass from what cannot.
     """
     import fsspec
@@ -271,7 +271,7 @@ def failure_kind(error: BaseException) -> FailureKind:
 
 
 def backoff(tries: int) -> float:
-    """Seconds until the next try: doubling from 0.1 to 10, half of it drawn by chance so that nodes do not go in step."""
+    """Seconds until the next try: doubling from 0.1 to 10, half of it by chance, so that nodes do not go in step."""
     return min(0.1 * 2 ** min(tries, 20), 10.0) * random.uniform(0.5, 1.0)
 
 

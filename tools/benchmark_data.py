@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -22,7 +23,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -34,7 +35,7 @@ from rich.table import Table
 
 from symile_dist.storage import read_json, write_json
 from symile_dist.tools.benchmark import processor
-from symile_dist.tools.peers.read import MEMBERS, digest_of, proportional_mib, session_processes
+from symile_dist.tools.peers.read import MEMBERS, RUN, digest_of, processes_of, proportional_mib
 from symile_dist.tools.peers.server import BUCKET, CREDENTIALS, HOST, CountingProxy, s3_server
 from symile_dist.tools.progress import progress_bar
 
@@ -200,7 +201,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 def run_reader(
     contender: Contender, spec: dict[str, Any], folder: Path, endpoint: str | None = None, watch: bool = False
 ) -> dict[str, Any]:
-    """Runs read.py in a session of its own; with `watch`, asks for its memory ten times a second.
+    """Runs read.py; with `watch`, asks ten times a second for the memory of all that it starts.
 
     Raises ReaderFailed.
     """
@@ -208,7 +209,8 @@ def run_reader(
         result, errors = scratch / "result.json", scratch / "stderr"
         spec = {"reader": contender.reader, "result": str(result), "cache": str(scratch / "cache"), **spec}
         (scratch / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
-        environment = {**os.environ, **CREDENTIALS, "TMPDIR": str(scratch), "HOME": str(scratch), "NO_PROXY": HOST}
+        own = {"TMPDIR": str(scratch), "HOME": str(scratch), "NO_PROXY": HOST, RUN: scratch.name}
+        environment = {**os.environ, **CREDENTIALS, **own}
         if endpoint is not None:
             environment |= {"AWS_ENDPOINT_URL": endpoint, "S3_ENDPOINT_URL": endpoint}
         with open(errors, "wb") as stderr:
@@ -217,18 +219,23 @@ def run_reader(
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 env=environment,
-                start_new_session=True,
+                start_new_session=True,  # Ctrl-C comes to this process, which ends them all
             )
-            peak = _wait(process, watch)
+            peak = _wait(process, scratch.name, watch)
         if process.returncode or (spec["action"] == "read" and not result.exists()):
-            lines = errors.read_text(encoding="utf-8", errors="replace").split("\n")
-            said = next((line.strip() for line in reversed(lines) if line.strip()), f"exit code {process.returncode}")
-            raise ReaderFailed(said)
+            raise ReaderFailed(_complaint(errors.read_text(encoding="utf-8", errors="replace"), process.returncode))
         return {**(read_json(result) if result.exists() else {}), "peak_mib": peak}
 
 
-def _wait(process: subprocess.Popen[bytes], watch: bool) -> float | None:
-    """Waits for the end; the highest memory of the whole session in MiB."""
+def _complaint(errors: str, code: int) -> str:
+    """The last line that names an exception, or the last one."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return [f"exit code {code}", *lines[-1:], *named[-1:]][-1]
+
+
+def _wait(process: subprocess.Popen[bytes], run: str, watch: bool) -> float | None:
+    """Waits for the end, and ends what is left; the highest memory of all of the run in MiB."""
     until, peak = time.monotonic() + TIME_LIMIT, 0.0
     try:
         while True:
@@ -238,11 +245,12 @@ def _wait(process: subprocess.Popen[bytes], watch: bool) -> float | None:
             except subprocess.TimeoutExpired:
                 if time.monotonic() >= until:
                     raise ReaderFailed(f"took longer than {TIME_LIMIT:.0f} s") from None
-                peak = max(peak, sum(proportional_mib(number) for number in session_processes(process.pid)))
+                peak = max(peak, sum(proportional_mib(number) for number in processes_of(run)))
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        for number in processes_of(run):  # ours leaves its fetcher for a next run, for a while
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        process.wait()
 
 
 def figures_of(result: dict[str, Any], number: int, mode: Mode, first: int) -> dict[str, float]:
@@ -463,7 +471,7 @@ def benchmark_data(
     wanted = [contender for contender in wanted if contender.reader not in missing]
     if shutil.which("curl") is None:
         wanted = [contender for contender in wanted if not contender.over_http]
-    modes = [Mode(where, number) for where in ("s3",) for number in dict.fromkeys((0, processes))]
+    modes = [Mode(where, number) for where in ("local", "s3") for number in dict.fromkeys((0, processes))]
     server = None if skip_s3 else moto_python()
     if server is None:
         modes = [mode for mode in modes if mode.where == "local"]

@@ -140,9 +140,8 @@ class StepDataset(Dataset[Batch]):
         keys = np.stack([slots.dataset, slots.shard, slots.epoch])
         groups, member = np.unique(keys[:, slots.shard >= 0], axis=1, return_inverse=True)
         numbers = np.flatnonzero(slots.shard >= 0)
-        by_group = np.split(
-            numbers[np.argsort(member, kind="stable")], np.cumsum(np.bincount(member, minlength=groups.shape[1]))[:-1]
-        )
+        ends = np.cumsum(np.bincount(member.ravel(), minlength=groups.shape[1]))
+        by_group = np.split(numbers[np.argsort(member.ravel(), kind="stable")], ends)[:-1]
         for (dataset, shard, epoch), at in zip(groups.T.tolist(), by_group, strict=True):
             self._read_group(raw, dataset, shard, epoch, at, slots.row[at], unreachable.get((dataset, shard)))
         names = [population.name for population in self.populations]
@@ -202,8 +201,9 @@ class StepDataset(Dataset[Batch]):
         population = self.populations[dataset]
         index, shards = population.index(shard), population.shards
         again = isinstance(shards, CachedShards)
+        read = shards.read(shard)
         try:
-            parts = read_rows(shards.read(shard), index, rows, columns)
+            parts = read_rows(read, index, rows, columns)
             again = again and any(isinstance(part, BadMember) for part in parts)
         except OSError:
             if not again and len(rows) > 1:

@@ -167,12 +167,12 @@ class ShardCache:
         return body
 
     def forget(self, url: str) -> None:
-        """Its cached bytes proved wrong: the next `hold` fetches them again. Held files stay until they are released."""
+        """Its cached bytes proved wrong: the next `hold` fetches them again. Held files stay until released."""
         with self._lock:
             self._exchange({"op": "forget", "url": url})
 
     def counters(self) -> dict[str, int]:
-        """Of the node since the fetcher started: bytes_fetched, requests, retries, failures, bytes_cached, evictions."""
+        """Of the node since the fetcher started: bytes_fetched, requests, retries, failures, bytes_cached, ..."""
         with self._lock:
             reply, _ = self._exchange({"op": "counters"})
         return {str(name): int(value) for name, value in reply["counters"].items()}
@@ -351,8 +351,8 @@ def _dial(folder: Path) -> socket.socket | None:
             return None
         except BlockingIOError:
             raise StorageError(
-                f"{folder}: is the cache of a fetcher on {owner['host']}; give data.storage.cache_directory a folder on "
-                "a local disk of each machine"
+                f"{folder}: is the cache of a fetcher on {owner['host']}; give data.storage.cache_directory a folder "
+                "on a local disk of each machine"
             ) from None
     path = Path(owner["socket"])
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

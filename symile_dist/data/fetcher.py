@@ -1,11 +1,11 @@
 """The process that fetches for a node: the only one that talks to the object store (see symile_dist/data/cache.py).
 
-    python -m symile_dist.data.fetcher --folder CACHE --socket PATH --storage JSON     started by ShardCache, not by hand
+    python -m symile_dist.data.fetcher --folder CACHE --socket PATH --storage JSON  (started by ShardCache, not by hand)
 
-Bytes [start, end) of a url that one local file holds are an *extent*. Extents of a url that are in use do not overlap: a
-piece that somebody asks for is covered by those that are there, and new extents are fetched for the gaps only. An extent
-is first waiting (for room in the budget), then being fetched, then here; nothing is fetched before its bytes fit into
-the budget, and only extents that nobody holds are evicted.
+Bytes [start, end) of a url that one local file holds are an *extent*. Extents of a url that are in use do not overlap:
+a piece that somebody asks for is covered by those that are there, and new extents are fetched for the gaps only. An
+extent is first waiting (for room in the budget), then being fetched, then here; nothing is fetched before its bytes
+fit into the budget, and only extents that nobody holds are evicted.
 
 Everything runs in one thread, in asyncio; only writes to the disk leave it.
 """
@@ -26,7 +26,6 @@ import logging.handlers
 import os
 import re
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -458,7 +457,7 @@ class Fetcher:
             return self._too_much(need)
         disk = os.statvfs(self.folder)
         return StorageError(
-            f"{self.folder}: the disk is full: {disk.f_bavail * disk.f_frsize} bytes are free, {need} are needed at once; "
+            f"{self.folder}: the disk is full: {disk.f_bavail * disk.f_frsize} bytes are free, {need} are needed; "
             "free some, or set data.storage.cache_directory to another disk"
         )
 
@@ -844,4 +843,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -69,7 +69,7 @@ class Population:
         self.name, self.shards, self.quarantine = name, shards, quarantine
         self.manifest = shards.manifest
         self.requirement = Requirement(config)
-        _check_members(self)
+        _check_members(self, list(config.modalities))
         self.shard_numbers = {shard.name: number for number, shard in enumerate(self.manifest.shards)}
         counts = [shard.samples for shard in self.manifest.shards]
         self.shard_ids = first_id + np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -188,10 +188,11 @@ def _probabilities(config: Config) -> NDArray[np.float64] | None:
     return np.array(found) if any(found) else None
 
 
-def _check_members(population: Population) -> None:
+def _check_members(population: Population, modalities: Sequence[str]) -> None:
     known: Sequence[str] = population.manifest.members
-    for member in population.requirement.members:
+    for modality, member in zip(modalities, population.requirement.members, strict=True):
         if member not in known:
             raise ShardError(
-                f"{population.manifest.url}: no sample has a member '{member}'; its members are: {', '.join(known)}"
+                f"{population.manifest.url}: no sample has a member '{member}' (modality '{modality}'); its members "
+                f"are: {', '.join(known)}"
             )

@@ -352,7 +352,7 @@ def test_digest_knows_the_order_of_modalities_that_the_permutations_are_drawn_by
 def test_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = good("data.test=s3://bucket/test", "data.validation=/v").config.with_absolute_paths()
-    assert config.data.train == str(tmp_path / "shards/train")
+    assert config.data.train["train"].path == str(tmp_path / "shards/train")
     assert (config.data.validation, config.data.test) == ("/v", "s3://bucket/test")
     assert config.run_directory == tmp_path / "runs/try"
 

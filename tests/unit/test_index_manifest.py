@@ -264,7 +264,7 @@ def test_all_damaged_shards_are_told_at_once(folder: Path) -> None:
     flip_in_header(folder / "shard-00001.tar")
     with pytest.raises(ShardError) as caught:
         index_directory(folder)
-    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()[:2]] == [
         str(folder / f"shard-0000{number}.tar") for number in (0, 1)
     ]
 
@@ -313,7 +313,7 @@ def test_a_file_that_ends_early_is_found_when_it_is_read(folder: Path) -> None:
 def test_a_missing_shard(folder: Path) -> None:
     index_directory(folder)
     (folder / "shard-00000.tar").unlink()
-    with pytest.raises(ShardError, match=r"shard-00000\.tar: the shard is in the manifest but not in the folder; make"):
+    with pytest.raises(ShardError, match=r"shard-00000\.tar: the shard is in the manifest but not in the folder"):
         read_manifest(folder)
 
 
@@ -347,7 +347,7 @@ def test_digest_changes_with_any_sample(tmp_path: Path) -> None:
         (lambda folder: index_path(folder / "shard-00000.tar").unlink(), r"shard-00000\.tar: the shard has no index"),
         (lambda folder: write_tar(folder / "zz.tar", []), r"zz\.tar: the shard is not in the manifest"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "damaged manifest"),
-        (lambda folder: (folder / MANIFEST).write_text('{"version": 1}'), "damaged manifest"),
+        (lambda folder: (folder / MANIFEST).write_text('{"version": 2}'), "damaged manifest"),
         (lambda folder: (folder / MANIFEST).write_text("[]"), "damaged manifest"),
     ],
 )
@@ -386,7 +386,7 @@ def test_a_manifest_of_another_version(folder: Path) -> None:
     index_directory(folder)
     content = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**content, "version": 99}))
-    with pytest.raises(ShardError, match=r"version 99 is not known here \(this is 1\)"):
+    with pytest.raises(ShardError, match=r"version 99 is not the one of this release"):
         read_manifest(folder)
 
 
@@ -394,11 +394,11 @@ def test_indexing_again_reads_only_what_changed_unless_forced(folder: Path, monk
     index_directory(folder)
     read: list[str] = []
 
-    def counting(shard: Path) -> ShardIndex:
+    def counting(shard: Path, name: str) -> ShardIndex:
         read.append(shard.name)
-        return write_index(shard)
+        return build_index(shard, name)
 
-    monkeypatch.setattr("symile_dist.data.manifest.write_index", counting)
+    monkeypatch.setattr("symile_dist.data.manifest.build_index", counting)
     index_directory(folder)
     assert read == []
     write_shards(folder, [6, 6, 4])  # the same two again, of the same size but newer, and a third

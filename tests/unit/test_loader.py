@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from symile_dist.config import Config
+from symile_dist.data.batches import collate
 from symile_dist.data.index import ShardError, index_path, read_index
-from symile_dist.data.loader import Loader, Population, collate, open_training, open_validation
+from symile_dist.data.loader import Loader, open_training, open_validation
 from symile_dist.data.manifest import index_directory, read_manifest
-from symile_dist.types import Batch, Padded
+from symile_dist.errors import RunStopped
+from symile_dist.types import Batch, Fault, Padded
 from tests.conftest import SHARD_SIZES
-from tests.shards import CLASSES, DIMENSION, sample_array, write_shards
+from tests.shards import CLASSES, DIMENSION, key_of, npy_bytes, sample_array, sample_members, write_shards, write_tar
 
 MakeConfig = Callable[..., Config]
 STEPS = 5
@@ -93,7 +97,7 @@ def test_a_batch_holds_the_samples_that_its_ids_name(shards: Path, make_config: 
         expected = torch.stack([torch.from_numpy(sample_array(name, number)) for number in ids(batch)])
         assert torch.equal(values, expected), name
     assert batch.valid.all() and batch.present.shape == (12, 3) and batch.present.all()
-    assert batch.faults == {} and batch.bytes_read > 12 * 3 * 4 * DIMENSION
+    assert batch.faults == [] and batch.read.bytes > 12 * 3 * 4 * DIMENSION
 
 
 def test_held_out_batches_carry_the_label_that_retrieval_is_judged_by(shards: Path, make_config: MakeConfig) -> None:
@@ -124,7 +128,12 @@ def test_a_damaged_sample_is_masked_in_place_and_counted(tmp_path: Path, make_co
         for step, batch in enumerate(open_training(config, rank, 0)):
             wrong = [sample == bad for sample in ids(batch)]
             assert batch.valid.tolist() == [not w for w in wrong], f"rank {rank}, step {step}"
-            assert batch.faults == ({"checksum": sum(wrong)} if any(wrong) else {})
+            for fault in batch.faults:
+                assert (fault.kind, fault.member, fault.dataset) == ("checksum", "a.npy", "train")
+                assert re.fullmatch(
+                    r"shard-0000[0-9]\.tar, sample [0-9]+, member 'a\.npy' at byte [0-9]+: .*", str(fault)
+                )
+            assert len(batch.faults) == sum(wrong)
             for name, values in batch.inputs.items():
                 assert isinstance(values, torch.Tensor)
                 assert torch.isfinite(values).all(), "the filler must be harmless"
@@ -141,7 +150,8 @@ def test_a_share_without_one_readable_sample(tmp_path: Path, make_config: MakeCo
     for sample in first:
         damage(folder, sample)
     batch = next(iter(open_training(config, 1, 0)))
-    assert ids(batch) == first and not batch.valid.any() and batch.faults == {"checksum": 3}
+    assert ids(batch) == first and not batch.valid.any()
+    assert [fault.kind for fault in batch.faults] == ["checksum"] * 3
     assert [tuple(values.shape) for values in batch.inputs.values()] == [(3, DIMENSION)] * 3  # type: ignore[union-attr]
 
 
@@ -152,15 +162,32 @@ def test_a_shard_that_vanished_under_way(tmp_path: Path, make_config: MakeConfig
     (folder / "shard-00001.tar").unlink()
     batch = next(iter(loader))
     assert batch.valid.tolist() == [sample < 12 for sample in ids(batch)]
-    assert batch.faults == {"open": sum(sample >= 12 for sample in ids(batch))} and not batch.valid.all()
+    assert [(fault.kind, fault.shard, fault.row) for fault in batch.faults] == [("open", "shard-00001.tar", -1)]
+    assert not batch.valid.all()
 
 
 def test_what_cannot_be_decoded_is_a_fault_of_its_own_kind(shards: Path, make_config: MakeConfig) -> None:
-    loader = open_training(configured(make_config, shards, "modalities.a.transform.shape=[3]"), 0, 0)
     with pytest.raises(
-        ShardError, match=r"no readable sample found (.|\n)*the decoder or transform may not fit the data"
+        ShardError,
+        match=r"no readable sample found for modality 'a' (.|\n)*the decoder or transform may not fit",
     ):
-        next(iter(loader))
+        open_training(configured(make_config, shards, "modalities.a.transform.shape=[3]"), 0, 0)
+
+
+def test_a_sample_of_another_shape_is_masked_and_told(tmp_path: Path, make_config: MakeConfig) -> None:
+    folder = tmp_path / "train"
+    members = []
+    for number in range(24):
+        parts = sample_members(number, ("a", "b", "c"))
+        if number == 5:
+            parts["b.npy"] = npy_bytes(np.zeros(7, dtype=np.float32))
+        members += [(f"{key_of(number)}.{suffix}", data) for suffix, data in parts.items()]
+    write_tar(folder / "shard-00000.tar", members)
+    index_directory(folder)
+    loader = open_training(configured(make_config, folder, "train.steps=2"), 0, 0)
+    faults = [fault for batch in loader for fault in batch.faults]
+    assert [(fault.kind, fault.member, fault.row) for fault in faults] == [("decode", "b.npy", 5)]
+    assert "(7,) where others are torch.float32 (4,)" in faults[0].reason
 
 
 # -- population ------------------------------------------------------------------------------------------------------
@@ -172,7 +199,7 @@ def test_samples_that_lack_a_member_are_left_out_before_ordering(tmp_path: Path,
     index_directory(folder)
     config = configured(make_config, folder, "data.lanes=1")
     complete = sorted(set(range(sum(SHARD_SIZES))) - set(lacking))
-    assert Population(read_manifest(folder), config).sizes == [6, 4, 0, 6, 10]
+    assert open_training(config, 0, 0).dataset.populations[0].sizes(0) == [6, 4, 0, 6, 10]
     stream = list(chain.from_iterable(global_stream(config)))
     assert sorted(stream[: len(complete)]) == complete
     assert sorted(stream[len(complete) : 2 * len(complete)]) == complete
@@ -197,8 +224,10 @@ def test_an_index_of_another_shard_is_refused(tmp_path: Path, make_config: MakeC
     index_directory(folder)
     one, other = (index_path(folder / f"shard-0000{number}.tar") for number in (0, 1))
     other.write_bytes(one.read_bytes())
-    with pytest.raises(ShardError, match=r"shard-00001\.tar\.idx: is not the index that the manifest was made with"):
-        open_training(configured(make_config, folder), 0, 0)
+    with pytest.raises(ShardError, match=r"shard-00001\.tar: its index is not the one that the manifest was made with"):
+        read_manifest(folder)
+    faults = [fault for batch in open_training(configured(make_config, folder), 0, 0) for fault in batch.faults]
+    assert {(fault.kind, fault.shard, fault.row) for fault in faults} == {("index", "shard-00001.tar", -1)}
 
 
 # -- validation ------------------------------------------------------------------------------------------------------
@@ -211,12 +240,12 @@ def test_validation_covers_every_sample_with_a_masked_tail(shards: Path, make_co
         for rank in range(world):
             dataset, steps = open_validation(config, str(shards), rank, max_samples=None)
             assert steps == 4
-            batches.append(list(Loader(dataset, config.data, 0, steps)))
+            batches.append(list(Loader(dataset, config, 0, steps)))
         stream = [sample for parts in zip(*batches, strict=True) for batch in parts for sample in ids(batch)]
         valid = [v for parts in zip(*batches, strict=True) for batch in parts for v in batch.valid.tolist()]
         assert stream == [*range(37), *[-1] * 11], f"world {world}"
         assert valid == [sample >= 0 for sample in stream]
-        assert all(batch.faults == {} for parts in batches for batch in parts), "an empty slot is no fault"
+        assert all(batch.faults == [] for parts in batches for batch in parts), "an empty slot is no fault"
 
 
 def test_validation_of_the_first_samples_only(shards: Path, make_config: MakeConfig) -> None:
@@ -270,8 +299,162 @@ def test_collate_keeps_integers_integers() -> None:
     assert padded.values.dtype == torch.int64
 
 
-def test_collate_of_one_shape_stacks_and_refuses_several() -> None:
+def test_collate_of_one_shape_stacks() -> None:
     stacked = collate([torch.ones(2, 3)] * 4, variable_length=False)
     assert isinstance(stacked, torch.Tensor) and stacked.shape == (4, 2, 3)
-    with pytest.raises(ValueError, match=r"unequal shapes \[\(2,\), \(3,\)\]: set a size in the transform"):
-        collate([torch.ones(2), torch.ones(3)], variable_length=False)
+
+
+# -- quarantine ------------------------------------------------------------------------------------------------------
+
+
+def quarantined_stream(config: Config, start: int = 0, saved: dict[str, object] | None = None) -> list[list[int]]:
+    """The global batches of a run that tells every rank what any of them could not read; loaders' state is compared."""
+    world = config.world_size
+    loaders = [open_training(config, rank, start, saved, persist=rank == 0) for rank in range(world)]
+    stream = []
+    for batches in zip(*loaders, strict=True):
+        faults = [fault for batch in batches for fault in batch.faults]
+        if faults:
+            for loader in loaders:
+                loader.exclude(faults)
+        valid = [v for batch in batches for v in batch.valid.tolist()]
+        sample_ids = [i for batch in batches for i in ids(batch)]
+        stream.append([i if v else -1 - i for i, v in zip(sample_ids, valid, strict=True)])
+        states = [loader.state for loader in loaders]
+        assert all(state == states[0] for state in states)
+        assert len(json.dumps(states[0])) <= 1000
+        STATES.append(states[0])
+    return stream
+
+
+STATES: list[dict[str, object]] = []
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("world", [1, 3])
+def test_what_could_not_be_read_is_left_out_from_the_next_epoch_on(
+    tmp_path: Path, make_config: MakeConfig, world: int, processes: int
+) -> None:
+    folder = write_shards(tmp_path / "train", SHARD_SIZES)
+    index_directory(folder)
+    for sample in (3, 11):
+        damage(folder, sample)
+    index_path(folder / "shard-00003.tar").write_bytes(b"damaged")  # samples 21 to 26
+    config = make_config(
+        folder,
+        "train.steps=12",
+        "data.lanes=1",
+        f"ray.num_workers={world}",
+        f"data.loader_processes={processes}",
+        f"run.directory={tmp_path / 'run'}",
+    )
+    STATES.clear()
+    stream = quarantined_stream(config)
+    bad = {3, 11, *range(21, 27)}
+    flat = [i for batch in stream for i in batch]
+    first, rest = flat[:37], flat[37:]
+    assert sum(i < 0 for i in first) == len(bad) and len({i for i in first if i >= 0}) == 37 - len(bad)
+    good = sorted(set(range(37)) - bad)
+    assert sorted(rest[: len(good)]) == good, "the second epoch holds what is left, exactly"
+    assert sorted(rest[len(good) : 2 * len(good)]) == good
+    # A run that goes on from any of its checkpoints, at another world, has the same stream.
+    for step in (2, 4, 7):
+        other = make_config(
+            folder, "train.steps=12", "data.lanes=1", "ray.num_workers=2", f"run.directory={tmp_path / 'run'}"
+        )
+        assert quarantined_stream(other, step, STATES[step - 1]) == stream[step:], f"from step {step}"
+
+
+def test_too_few_samples_left(tmp_path: Path, make_config: MakeConfig) -> None:
+    folder = write_shards(tmp_path / "train", [12, 12])
+    index_directory(folder)
+    loader = open_training(make_config(folder, f"run.directory={tmp_path / 'run'}"), 0, 0)
+    next(iter(loader))
+    faults = [Fault("open", "train", f"shard-0000{n}.tar", -1, "", -1, "gone") for n in (0, 1)]
+    with pytest.raises(RunStopped, match="too few samples are left"):
+        loader.exclude(faults)
+
+
+# -- missing modalities ----------------------------------------------------------------------------------------------
+
+
+def test_samples_that_lack_a_modality_come_with_a_placeholder(tmp_path: Path, make_config: MakeConfig) -> None:
+    lacking = {2: ("a",), 9: ("c",), 10: ("b", "c"), 20: ("a", "b", "c")}
+    folder = write_shards(tmp_path / "train", SHARD_SIZES, without=lacking)
+    index_directory(folder)
+    for require, left_out in (
+        ("2", {10, 20}),
+        ("1", {20}),
+        ("[b]", {10, 20}),
+        ("[a,b]", {2, 10, 20}),
+        ("all", set(lacking)),
+    ):
+        config = configured(make_config, folder, "data.lanes=1", f"data.require={require}")
+        loader = open_training(config, 0, 0)
+        seen: list[int] = []
+        for batch in loader:
+            seen += ids(batch)
+            for slot, sample in enumerate(ids(batch)):
+                expected = [name not in lacking.get(sample, ()) for name in "abc"]
+                assert batch.present[slot].tolist() == expected, f"sample {sample}"
+                for there, values in zip(expected, batch.inputs.values(), strict=True):
+                    assert isinstance(values, torch.Tensor) and (there or not values[slot].any())
+        used = sorted(set(range(37)) - left_out)
+        assert sorted(seen[: len(used)]) == used, require
+
+
+def test_withheld_modalities_are_the_same_ones_in_every_epoch_and_world(shards: Path, make_config: MakeConfig) -> None:
+    seen: dict[int, list[bool]] = {}
+    for world in (1, 2):
+        config = configured(
+            make_config, shards, "data.missing_probability=0.4", f"ray.num_workers={world}", "train.steps=8"
+        )
+        for rank in range(world):
+            for batch in open_training(config, rank, 0):
+                for sample, present in zip(ids(batch), batch.present.tolist(), strict=True):
+                    assert seen.setdefault(sample, present) == present
+    share = 1 - np.mean(list(seen.values()))
+    assert len(seen) == 37 and 0.25 < share < 0.55
+    only_a = configured(make_config, shards, "data.missing_probability={a: 1.0}")
+    batch = next(iter(open_training(only_a, 0, 0)))
+    assert batch.present.tolist() == [[False, True, True]] * 12 and batch.read.missing == {"a": 12}
+
+
+# -- mixtures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_keeps_to_its_weights_at_every_world_and_after_every_step(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    sizes = {"large": [9, 8, 7, 13], "small": [6, 5], "rare": [4, 3]}
+    for name, parts in sizes.items():
+        index_directory(write_shards(tmp_path / name, parts))
+    weights = {"large": 5.0, "small": 2.0, "rare": 1.0}
+    mixture = ", ".join(f"{name}: {{path: {tmp_path / name}, weight: {weight}}}" for name, weight in weights.items())
+    streams = []
+    for world, processes in ((1, 0), (2, 2), (3, 0), (6, 0)):
+        config = make_config(
+            tmp_path / "large",
+            f"data.train={{{mixture}}}",
+            "train.steps=20",
+            "train.global_batch_size=12",
+            f"ray.num_workers={world}",
+            f"data.loader_processes={processes}",
+        )
+        streams.append(global_stream(config))
+    assert all(stream == streams[0] for stream in streams)
+    assert global_stream(config, 7) == streams[0][7:]
+    starts = np.cumsum([0, 37, 11, 7])
+    counts = np.zeros(3)
+    by_dataset: list[list[int]] = [[], [], []]
+    for step, batch in enumerate(streams[0], start=1):
+        for sample in batch:
+            dataset = int(np.searchsorted(starts, sample, side="right")) - 1
+            counts[dataset] += 1
+            by_dataset[dataset].append(sample)
+        assert np.abs(counts - step * 12 * np.array([5, 2, 1]) / 8).max() < 1, f"after {step} steps: {counts}"
+    for number, (size, seen) in enumerate(zip((37, 11, 7), by_dataset, strict=True)):
+        # Lanes may be one sample apart where an epoch ends.
+        for epoch in range(len(seen) // size):
+            part = seen[epoch * size : (epoch + 1) * size]
+            assert len(set(part)) >= size - 4, f"dataset {number}, epoch {epoch}"

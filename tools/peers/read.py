@@ -18,9 +18,10 @@ from importlib import import_module
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 MEMBERS = ("jpg", "flac", "txt")
+RUN = "SYMILE_DIST_BENCHMARK_RUN"
 Spec = dict[str, Any]
 Sample = Any
 """A mapping from member to bytes, or a tuple of bytes in the order of MEMBERS."""
@@ -29,26 +30,29 @@ Sample = Any
 # -- clocks ----------------------------------------------------------------------------------------------------------
 
 
-def session_processes(session: int) -> dict[int, list[str]]:
-    """The living processes of a session: what /proc/PID/stat says of each, from its third field on. Linux."""
+def processes_of(run: str) -> dict[int, list[str]]:
+    """The living processes of a run: what /proc/PID/stat says of each, from its third field on. Linux.
+
+    They are known by a variable in their environment, which those that leave the session or lose their parent keep.
+    """
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            fields = (entry / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            if f"{RUN}={run}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                stat = (entry / "stat").read_text(encoding="utf-8", errors="replace")
+                found[int(entry.name)] = stat.rpartition(")")[2].split()
         except OSError:
-            continue  # it has just ended
-        if int(fields[3]) == session:
-            found[int(entry.name)] = fields
+            continue  # it has just ended, or is somebody else's
     return found
 
 
-def session_cpu_seconds() -> float:
-    """User and system time of this process and all it has started: those of others in this session in whole ticks."""
+def run_cpu_seconds() -> float:
+    """User and system time of this process and all of its run: those of living others in whole ticks."""
     times = os.times()
     total = time.process_time() + times.children_user + times.children_system
-    others = session_processes(os.getsid(0))
+    others = processes_of(os.environ[RUN])
     others.pop(os.getpid(), None)
     ticks = sum(int(value) for fields in others.values() for value in fields[11:15])
     return total + ticks / os.sysconf("SC_CLK_TCK")
@@ -84,7 +88,7 @@ class Flat:
 def delivered(dataset: Any, spec: Spec) -> Iterable[Sample]:
     """The dataset itself, or through torch's DataLoader with the start method that is ordinary on the system."""
     if not spec["processes"]:
-        return dataset  # type: ignore[no-any-return]
+        return cast(Iterable[Sample], dataset)
     loader = import_module("torch.utils.data").DataLoader
     return Flat(loader(dataset, batch_size=spec["batch"], num_workers=spec["processes"], collate_fn=as_list))
 
@@ -181,16 +185,22 @@ def read_mosaicml(spec: Spec) -> list[Iterable[Sample]]:
 
 CONFIG = """
 run: {{name: benchmark}}
-data: {{train: "{source}", loader_processes: {processes}}}
+data: {{train: "{source}", loader_processes: {processes}, storage: {{cache_directory: "{cache}"}}}}
 modalities:
-  image: {{member: jpg, decoder: npy, transform: tensor, encoder: {{name: mlp, input_dim: 1}}}}
-  audio: {{member: flac, decoder: npy, transform: tensor, encoder: {{name: mlp, input_dim: 1}}}}
-  text: {{member: txt, decoder: npy, transform: tensor, encoder: {{name: mlp, input_dim: 1}}}}
+  image: {{member: jpg, decoder: "{decoder}", transform: tensor, encoder: {{name: mlp, input_dim: 1}}}}
+  audio: {{member: flac, decoder: "{decoder}", transform: tensor, encoder: {{name: mlp, input_dim: 1}}}}
+  text: {{member: txt, decoder: "{decoder}", transform: tensor, encoder: {{name: mlp, input_dim: 1}}}}
 model: {{embedding_dim: 8}}
 train: {{steps: {steps}, global_batch_size: {batch}}}
 metrics: {{enabled: false}}
 """
-"""Decoders, transforms and encoders are there because a config has them; none is called."""
+"""Encoders are there because a config has them; none is made, and of `raw` no decoder is called."""
+DECODER = "symile_dist.tools.peers.read:decode_first_byte"
+
+
+def decode_first_byte(data: bytes) -> Any:
+    """Decodes anything: ours looks at the shape of one sample when it opens the data."""
+    return import_module("numpy").frombuffer(data[:1], dtype="uint8")
 
 
 class Steps:
@@ -202,10 +212,11 @@ class Steps:
     def __len__(self) -> int:
         return self.steps
 
+    def __iter__(self) -> Iterator[list[Sample]]:
+        return map(self.__getitem__, range(self.steps))
+
     def __getitem__(self, step: int) -> list[Sample]:
-        if step >= self.steps:
-            raise IndexError(step)
-        samples: list[Sample] = self.dataset.raw(step)
+        samples: list[Sample] = self.dataset.raw(step).samples
         return samples
 
 
@@ -215,7 +226,7 @@ def read_ours(spec: Spec) -> list[Iterable[Sample]]:
     from symile_dist.data import loader
 
     number = spec["samples"] // spec["batch"]
-    config = parse_config(CONFIG.format(**spec, steps=number), "benchmark").config
+    config = parse_config(CONFIG.format(**spec, steps=number, decoder=DECODER), "benchmark").config
     steps = Steps(loader.open_training(config, rank=0, start_step=0).dataset, number)
     if not spec["processes"]:
         return [Flat(steps)]
@@ -280,7 +291,7 @@ LIBRARIES = {
 
 def mark() -> tuple[float, float]:
     """(seconds of the wall, CPU seconds)."""
-    return time.perf_counter(), session_cpu_seconds()
+    return time.perf_counter(), run_cpu_seconds()
 
 
 def consume(samples: Iterable[Sample], pick: Callable[[Sample], tuple[bytes, ...]], check: bool) -> dict[str, Any]:

@@ -50,9 +50,18 @@ class CountingProxy:
         finally:
             writer.close()
 
+    async def _end(self) -> None:
+        self._server.close()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
 
 def _put(port: int, path: str, body: bytes = b"") -> None:
@@ -82,7 +91,7 @@ def s3_server(python: Path, folders: dict[str, Path]) -> Iterator[CountingProxy]
     """Serves the files of folders as s3://benchmark/NAME/..., through the proxy that is yielded."""
     with socket.create_server((HOST, 0)) as free:
         port = free.getsockname()[1]
-    command = [python, "-m", "moto.server", "-H", HOST, "-p", str(port)]
+    command = [str(python), "-m", "moto.server", "-H", HOST, "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_for(port, process)
