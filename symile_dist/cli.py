@@ -123,20 +123,27 @@ def _shards_demo(options: argparse.Namespace) -> int:
 
 
 def _shards_index(options: argparse.Namespace) -> int:
-    from symile_dist.data.manifest import index_directory
+    from symile_dist.data.manifest import default_processes, index_directory
     from symile_dist.tools.progress import progress_bar
 
     summaries = []
     for directory in options.directories:
         with progress_bar(f"indexing {directory}") as progress:
             manifest = index_directory(
-                directory, force=options.force, progress=lambda done, total: progress("shards", done, total)
+                directory,
+                force=options.force,
+                progress=lambda done, total: progress("shards", done, total),
+                processes=options.processes or default_processes(),
+                storage=_storage(options),
+                skip_damaged=options.skip_damaged,
             )
         summary = {
-            "directory": str(directory),
+            "directory": manifest.url,
             "shards": len(manifest.shards),
             "samples": manifest.samples,
             "members": list(manifest.members),
+            "left_out": sum(shard.left_out for shard in manifest.shards),
+            "skipped": dict(manifest.skipped),
             "digest": manifest.digest,
         }
         summaries.append(summary)
@@ -145,9 +152,94 @@ def _shards_index(options: argparse.Namespace) -> int:
                 f"{directory}: {summary['samples']} samples in {summary['shards']} shards, "
                 f"members {', '.join(manifest.members)}"
             )
+            if summary["left_out"]:
+                print(f"  {summary['left_out']} files without a suffix belong to no sample and are left out")
+            for name, reason in manifest.skipped:
+                print(f"  skipped {name}: {reason}")
     if options.json:
         _print_json(summaries)
     return EXIT_OK
+
+
+def _storage(options: argparse.Namespace) -> Any:
+    from symile_dist.config import StorageConfig
+
+    return StorageConfig(endpoint_url=options.endpoint_url, profile=options.profile, anonymous=options.anonymous)
+
+
+def _shards_verify(options: argparse.Namespace) -> int:
+    from symile_dist.data.manifest import default_processes
+    from symile_dist.tools.progress import progress_bar
+    from symile_dist.tools.shards import quarantine_folder, verify_folder
+
+    storage, found = _storage(options), {}
+    for directory in options.directories:
+        with progress_bar(f"verifying {directory}") as progress:
+            faults = verify_folder(
+                directory,
+                storage,
+                quick=options.quick,
+                processes=options.processes or default_processes(),
+                progress=lambda done, total: progress("shards", done, total),
+            )
+        found[directory] = faults
+        new = quarantine_folder(directory, faults, storage) if options.quarantine and faults else 0
+        if not options.json:
+            for fault in faults:
+                print(f"{directory}: {fault}")
+            print(f"{directory}: {f'{len(faults)} faults' if faults else 'as its manifest says'}")
+            if new:
+                print(f"{directory}: {new} put into quarantine: new runs leave them out")
+    if options.json:
+        _print_json({directory: [fault._asdict() for fault in faults] for directory, faults in found.items()})
+    return EXIT_FAILED if any(found.values()) else EXIT_OK
+
+
+def _shards_stats(options: argparse.Namespace) -> int:
+    from symile_dist.tools.progress import progress_bar
+    from symile_dist.tools.shards import draw_stats, format_stats, stats_of
+
+    with progress_bar(f"reading {options.directory}") as progress:
+        stats = stats_of(options.directory, _storage(options), lambda done, total: progress("indices", done, total))
+    if options.figure:
+        draw_stats(stats, options.figure)
+    if options.json:
+        _print_json(stats)
+    else:
+        print(format_stats(stats))
+    return EXIT_OK
+
+
+def _shards_quarantine(options: argparse.Namespace) -> int:
+    from symile_dist.tools.shards import clear_quarantine, quarantine_of
+
+    storage = _storage(options)
+    if options.clear:
+        cleared = clear_quarantine(options.place, options.shard, storage)
+        if options.json:
+            _print_json({"cleared": cleared})
+        else:
+            print(f"{options.place}: {cleared} entries taken off the list")
+        return EXIT_OK
+    entries = [entry for entry in quarantine_of(options.place, storage) if options.shard in (None, entry.shard)]
+    if options.json:
+        _print_json([entry._asdict() for entry in entries])
+        return EXIT_OK
+    for entry in entries:
+        sample = "all samples" if entry.row < 0 else f"sample {entry.row}"
+        where = f", member '{entry.member}' at byte {entry.offset}" if entry.member else ""
+        found = f"; found at step {entry.step}, left out from epoch {entry.epoch} on" if entry.step else ""
+        dataset = f"{entry.dataset}: " if entry.dataset else ""
+        print(f"{dataset}{entry.shard}, {sample}{where}: {entry.reason} ({entry.kind}){found}")
+    print(f"{options.place}: {len(entries)} entries in quarantine")
+    return EXIT_OK
+
+
+def _storage_arguments(parser: argparse.ArgumentParser) -> None:
+    store = parser.add_argument_group("object stores", "credentials come from the usual AWS environment")
+    store.add_argument("--endpoint-url", metavar="URL", help="of an S3 service other than AWS's")
+    store.add_argument("--profile", help="profile in ~/.aws")
+    store.add_argument("--anonymous", action="store_true", help="a public bucket, without credentials")
 
 
 def _shards_pack(options: argparse.Namespace) -> int:
@@ -203,6 +295,27 @@ def _benchmark_parity(options: argparse.Namespace) -> int:
         _print_json(results)
     else:
         _print_table(parity_table(results))
+    return EXIT_OK
+
+
+def _benchmark_data(options: argparse.Namespace) -> int:
+    from symile_dist.tools.benchmark_data import benchmark_data, benchmark_data_tables
+
+    results = benchmark_data(
+        samples=options.samples,
+        shards=options.shards,
+        sizes=options.sizes,
+        repeats=options.repeats,
+        processes=options.processes,
+        peers=options.peers,
+        skip_s3=options.skip_s3,
+        work=options.work,
+        out=options.out,
+    )
+    if options.json:
+        _print_json(results)
+    else:
+        _print_table(benchmark_data_tables(results))
     return EXIT_OK
 
 
@@ -370,10 +483,50 @@ def build_parser() -> argparse.ArgumentParser:
         "index",
         _shards_index,
         "Index the .tar shards of a folder that others made (needed once).",
-        "symile-dist shards index data/my-shards/train",
+        "symile-dist shards index data/my-shards/train s3://bucket/more",
     )
-    index.add_argument("directories", metavar="DIR", nargs="+", type=Path)
+    index.add_argument("directories", metavar="URL", nargs="+", help="folder, or s3://... and the like")
     index.add_argument("--force", action="store_true", help="read every shard again, also those with an index")
+    index.add_argument("--processes", type=int, metavar="N", help="shards read at once (default: one per core)")
+    index.add_argument(
+        "--skip-damaged", action="store_true", help="leave damaged shards out of the manifest, which then names them"
+    )
+    _storage_arguments(index)
+    verify = _command(
+        shards_commands,
+        "verify",
+        _shards_verify,
+        "Read every shard again and compare it with its index; exit code 1 when something is wrong.",
+        "symile-dist shards verify data/my-shards/train --quarantine",
+    )
+    verify.add_argument("directories", metavar="URL", nargs="+", help="folder, or s3://... and the like")
+    verify.add_argument("--quick", action="store_true", help="compare sizes only")
+    verify.add_argument("--quarantine", action="store_true", help="have new runs leave out what is wrong")
+    verify.add_argument("--processes", type=int, metavar="N", help="shards read at once (default: one per core)")
+    _storage_arguments(verify)
+    stats = _command(
+        shards_commands,
+        "stats",
+        _shards_stats,
+        "Counts, presence and sizes of the members, from the indices.",
+        "symile-dist shards stats data/my-shards/train --figure stats.png",
+    )
+    stats.add_argument("directory", metavar="URL", help="folder, or s3://... and the like")
+    stats.add_argument("--figure", metavar="FILE", help="draw presence and sizes: .png, .svg or .pdf")
+    _storage_arguments(stats)
+    quarantine = _command(
+        shards_commands,
+        "quarantine",
+        _shards_quarantine,
+        "List or clear what a run, or every new run over a folder of shards, leaves out.",
+        "symile-dist shards quarantine runs/demo-symile",
+    )
+    quarantine.add_argument("place", metavar="RUN|URL", help="a run's directory, or a folder of shards")
+    quarantine.add_argument(
+        "--clear", action="store_true", help="use the samples again: a run does from its next epoch on"
+    )
+    quarantine.add_argument("--shard", metavar="NAME", help="only this shard's")
+    _storage_arguments(quarantine)
     pack = shards_commands.add_parser(
         "pack", help="Pack published datasets, or any folder with a table: docs/packing.md"
     )
@@ -431,7 +584,7 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--no-quotes", action="store_true", help="take quotes in a .csv or .tsv as they are")
     _pack_arguments(files, "files")
 
-    benchmark = commands.add_parser("benchmark", help="Measure the objective against other implementations.")
+    benchmark = commands.add_parser("benchmark", help="Measure the objective and the reading of data against others.")
     benchmark_commands = benchmark.add_subparsers(metavar="COMMAND", required=True)
     objective = _command(
         benchmark_commands,
@@ -486,6 +639,34 @@ def build_parser() -> argparse.ArgumentParser:
     negatives.add_argument("--global-batch-size", type=int, default=256, metavar="N", help="default: 256")
     negatives.add_argument("--seeds", type=int, default=3, help="runs of each strategy (default: 3)")
     negatives.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+
+    data = _command(
+        benchmark_commands,
+        "data",
+        _benchmark_data,
+        "Reading shards: ours, webdataset, tarfile, LitData and MosaicML Streaming, from disk and from S3.",
+        "make peers && symile-dist benchmark data --samples 20000 --out benchmark-data.json",
+    )
+    data.add_argument("--samples", type=int, default=20_000, metavar="N", help="default: 20000")
+    data.add_argument("--shards", type=int, default=20, metavar="N", help="of the samples (default: 20)")
+    data.add_argument(
+        "--sizes",
+        default="4096,4096,200",
+        metavar="I,A,T",
+        help="bytes of image, audio and text, about (default: 4096,4096,200)",
+    )
+    data.add_argument("--repeats", type=int, default=3, help="each figure is their median (default: 3)")
+    data.add_argument("--processes", type=int, default=2, metavar="P", help="loader processes (default: 2; 0: none)")
+    data.add_argument(
+        "--peers",
+        nargs="*",
+        default=["webdataset", "tarfile", "litdata", "mosaicml"],
+        metavar="PEER",
+        help="which to measure beside ours (default: webdataset tarfile litdata mosaicml)",
+    )
+    data.add_argument("--skip-s3", action="store_true", help="only local files")
+    data.add_argument("--work", metavar="DIR", help="keep the data there for a next run (default: a temporary folder)")
+    data.add_argument("--out", metavar="FILE", help="also write the figures there, as JSON")
 
     demo = _command(
         commands,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -93,9 +94,18 @@ class Folder:
         """The folder, where it is local (or mounted); None for an object store."""
         self.url = str(url) if self.path is None else str(self.path)
         self.storage = storage or StorageConfig()
-        if self.path is None:
-            self._fs = remote_filesystem(self.url, self.storage)
-            self._root = str(self._fs._strip_protocol(self.url)).rstrip("/")
+
+    @functools.cached_property
+    def _fs(self) -> Any:
+        # When first needed: a process that only names files imports no s3fs, which hangs in forked children.
+        return remote_filesystem(self.url, self.storage)
+
+    @property
+    def _root(self) -> str:
+        return str(self._fs._strip_protocol(self.url)).rstrip("/")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_fs"}
 
     def __truediv__(self, name: str) -> str:
         """The path or URL of a file in it, for messages."""
@@ -170,7 +180,7 @@ class Folder:
                 while file.tell() < size:
                     start = file.tell()
                     end = min(start + self.storage.request_bytes, size)
-                    data = self._ask(url, lambda start=start, end=end: self._fs.cat_file(remote, start, end))  # type: ignore[misc]
+                    data = self._ask(url, lambda start=start, end=end: self._fs.cat_file(remote, start=start, end=end))  # type: ignore[misc]
                     if len(data) != end - start:
                         raise StorageError(f"{url}: {len(data)} bytes came for the bytes {start} to {end}")
                     file.write(data)

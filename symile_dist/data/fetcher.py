@@ -102,9 +102,20 @@ class _Server:
 
     silent_since: float | None = None
     """When the first of a row of failed tries, of whatever file, began."""
-    gave_up: float = -1.0
+    gave_up: float = float("-inf")
     """When it was last found silent for `give_up_seconds`."""
     words: str = ""
+
+    def answered(self) -> None:
+        self.silent_since, self.gave_up = None, float("-inf")
+
+    def failed(self, began: float) -> None:
+        self.silent_since = began if self.silent_since is None else self.silent_since
+
+    def is_silent(self, now: float, patience: float) -> bool:
+        """Also for a while after it was found so: then a single try shows it."""
+        long = self.silent_since is not None and now - self.silent_since >= patience
+        return long or now - self.gave_up < patience
 
 
 class Requests:
@@ -144,14 +155,14 @@ class Requests:
         """
         filesystem = self._filesystem(url)
         server = self._servers.setdefault(endpoint_words(url, self.storage), _Server())
-        patience = self.storage.give_up_seconds
+        name, patience = without_secrets(url), self.storage.give_up_seconds
         asked = time.monotonic()
         first_failed: float | None = None
         short = 0
         for tries in itertools.count():
             async with self._slots.one(rank):
                 if server.gave_up > asked:
-                    raise GaveUp(f"{without_secrets(url)}: {server.words}")
+                    raise GaveUp(f"{name}: {server.words}")
                 began = time.monotonic()
                 left = patience if first_failed is None else first_failed + patience - began
                 self.counts["requests"] += 1
@@ -159,40 +170,37 @@ class Requests:
                 try:
                     # The file system's own time limits are for silence; this one ends what only trickles.
                     async with asyncio.timeout(max(self.storage.timeout_seconds, left)):
-                        data = await filesystem._cat_file(filesystem._strip_protocol(url), start, end)
-                    server.silent_since, server.gave_up = None, -1.0
+                        data = await filesystem._cat_file(filesystem._strip_protocol(url), start=start, end=end)
+                    server.answered()
                     short += len(data) < end - start
                     if len(data) > end - start and (exact or start > 0):
-                        raise StorageError(
-                            f"{without_secrets(url)}: its server ignores ranges: it sent {len(data)} bytes"
-                        )
+                        raise StorageError(f"{name}: its server ignores ranges: it sent {len(data)} bytes")
                     if len(data) < end - start and exact:
                         # A body that broke off is tried again; an object that is shorter stays so.
-                        words = f"{without_secrets(url)}: ends after {start + len(data)} bytes, {end} were expected"
+                        words = f"{name}: ends after {start + len(data)} bytes, {end} were expected"
                         raise StorageError(words) if short >= _SHORT_TRIES else EOFError(words)
                     self.counts["bytes_fetched"] += len(data)
                     return bytes(data)
                 except Exception as error:  # aiohttp's and botocore's are neither OSError nor of one family
                     caught = error
             kind = failure_kind(caught)
-            if kind == "permanent" and _past_the_end(caught):
-                server.silent_since, server.gave_up = None, -1.0
-                if not exact:
-                    return b""
-                raise StorageError(f"{without_secrets(url)}: ends before byte {start}, which was expected")
             if kind != "transient":
-                raise failure(url, kind, caught, self.storage)
+                server.answered()
+                if not _past_the_end(caught):
+                    raise failure(url, kind, caught, self.storage)
+                if exact:
+                    raise StorageError(f"{name}: ends before byte {start}, which was expected")
+                return b""
             now = time.monotonic()
             first_failed = began if first_failed is None else first_failed
-            if server.silent_since is None and not isinstance(caught, EOFError):
-                server.silent_since = began
-            silent = server.silent_since is not None and now - server.silent_since >= patience
-            if silent or server.gave_up >= 0 or now - first_failed >= patience:
-                last = failure(url, kind, caught, self.storage)
-                if silent or server.gave_up >= 0:
-                    server.gave_up, server.words = now, str(last).partition(": ")[2]
-                raise GaveUp(str(last))
-            _logger.warning("%s [%d, %d): try %d: %s", without_secrets(url), start, end, tries + 1, error_words(caught))
+            if not isinstance(caught, EOFError):
+                server.failed(began)
+            if server.is_silent(now, patience) or now - first_failed >= patience:
+                words = str(failure(url, kind, caught, self.storage)).removeprefix(f"{name}: ")
+                if server.is_silent(now, patience):
+                    server.gave_up, server.words = now, words
+                raise GaveUp(f"{name}: {words}")
+            _logger.warning("%s [%d, %d): try %d: %s", name, start, end, tries + 1, error_words(caught))
             pausing(True)
             try:
                 await asyncio.sleep(min(backoff(tries), max(0.0, first_failed + patience - now)))
@@ -311,7 +319,7 @@ class Fetcher:
                     if extent is not None:
                         self.aside.add(extent)
                         self.used += extent.size
-        _logger.info("found %d files, %d bytes", len(self.extents), self.used)
+        _logger.info("found %d files, %d bytes", len(self._all("here")) + len(self.aside), self.used)
         self._make_room(0, urgent=True)  # the budget may have been lowered
 
     def _found(self, path: Path, name: str) -> Extent | None:
@@ -393,12 +401,16 @@ class Fetcher:
 
     def _excess(self, size: int) -> int:
         """By how many bytes so many more would exceed the budget, or the disk."""
+        unwritten = sum(one.size - one.written for one in self._all("fetching"))
+        return max(self.used + size - self.storage.cache_bytes, size + unwritten - self._disk_free())
+
+    def _disk_free(self) -> int:
+        """Bytes of the disk that the cache may still take: others need some, too (the last 5 %, at most 1 GiB)."""
         disk = os.statvfs(self.folder)
-        unwritten = sum(
-            one.size - one.written for ones in self.extents.values() for one in ones if one.state == "fetching"
-        )
-        free = disk.f_bavail * disk.f_frsize - unwritten
-        return max(self.used + size - self.storage.cache_bytes, size - free)
+        return disk.f_bavail * disk.f_frsize - min(disk.f_blocks * disk.f_frsize // 20, 1 << 30)
+
+    def _all(self, state: str) -> list[Extent]:
+        return [one for ones in self.extents.values() for one in ones if one.state == state]
 
     def _make_room(self, size: int, urgent: bool) -> bool:
         """Evicts until `size` more bytes fit; False, with nothing evicted, when that cannot be.
@@ -413,8 +425,7 @@ class Fetcher:
         for rank, piece in enumerate(self._soon()):
             for extent in self._cover(_key(piece.url), piece.start, piece.end)[0]:
                 soon.setdefault(extent, rank)
-        here = [one for ones in self.extents.values() for one in ones if one.state == "here" and not one.holders]
-        idle = [one for one in (*here, *self.aside) if not one.holders]
+        idle = [one for one in (*self._all("here"), *self.aside) if not one.holders]
         idle.sort(key=lambda one: (1, -soon[one]) if one in soon else (0, one.last_used))
         victims: list[Extent] = []
         for extent in idle:
@@ -434,7 +445,7 @@ class Fetcher:
 
     def _check_stuck(self) -> None:
         """Refuses a client for which there will be no room, when everybody waits or nobody has moved for long."""
-        if not self.waiting or any(one.state == "fetching" for ones in self.extents.values() for one in ones):
+        if not self.waiting or self._all("fetching"):
             self._no_room_since = None
             return
         now = time.monotonic()
@@ -455,10 +466,9 @@ class Fetcher:
         need = sum(extent.size for extent in held)
         if need > self.storage.cache_bytes:
             return self._too_much(need)
-        disk = os.statvfs(self.folder)
         return StorageError(
-            f"{self.folder}: the disk is full: {disk.f_bavail * disk.f_frsize} bytes are free, {need} are needed; "
-            "free some, or set data.storage.cache_directory to another disk"
+            f"{self.folder}: the disk is full: {max(0, self._disk_free())} more bytes may be used, {need} are needed "
+            "at once; free some, or set data.storage.cache_directory to another disk"
         )
 
     def _too_much(self, need: int) -> ValueError:
@@ -541,14 +551,18 @@ class Fetcher:
             extent.words = str(error) if known else f"{without_secrets(extent.url)}: {error_words(error)}"
             _logger.error("failed: %s", extent.words, exc_info=None if known else error)
             self.counts["failures"] += 1
-            if isinstance(error, GaveUp):
-                until = time.monotonic() + self.storage.give_up_seconds
-                self._failed.append((extent.key, extent.start, extent.end, until, extent.words))
+            self._remember(extent.key, extent.start, extent.end, error, extent.words)
             self._remove(extent)
             extent.settled.set_result(None)
         finally:
             self.workers -= self._workers_of(extent)
         self.pump()
+
+    def _remember(self, key: str, start: int, end: int, error: Exception, words: str) -> None:
+        """So that not every client waits for the same again; for long only where waiting took long."""
+        seconds = self.storage.give_up_seconds
+        until = time.monotonic() + (seconds if isinstance(error, GaveUp) else min(10.0, seconds))
+        self._failed.append((key, start, end, until, words))
 
     def _remembered(self, piece: Piece) -> str:
         """Why bytes of it could not be had a while ago."""
@@ -641,8 +655,7 @@ class Fetcher:
                 parts.append(await self.requests.ask(url, start, start + step, lambda: (0, 0), exact=False))
         except GaveUp as error:
             self.counts["failures"] += 1
-            until = time.monotonic() + self.storage.give_up_seconds
-            self._failed.append((_whole(url), 0, 1, until, str(error)))
+            self._remember(_whole(url), 0, 1, error, str(error))
             raise
         data = b"".join(parts)
         key = _whole(url)
@@ -679,8 +692,7 @@ class Fetcher:
             del self.extents[key]
 
     def counters(self) -> dict[str, int]:
-        here = sum(one.size for ones in self.extents.values() for one in ones if one.state == "here")
-        return {**self.requests.counts, **self.counts, "bytes_cached": here}
+        return {**self.requests.counts, **self.counts, "bytes_cached": sum(one.size for one in self._all("here"))}
 
 
 _numbers: Iterator[int] = itertools.count(1)
@@ -761,9 +773,9 @@ class Service:
         self.linger_seconds = linger_seconds
         self.ended = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
-        self._count(0)
+        self._wait_for_clients()
 
-    def _count(self, change: int) -> None:
+    def _wait_for_clients(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -774,7 +786,8 @@ class Service:
         """One client, from its first message to its end, which may come while it waits for an answer."""
         connection = Connection()
         self.fetcher.connections.append(connection)
-        self._count(1)
+        self._wait_for_clients()
+        following: asyncio.Task[dict[str, Any] | None] | None = None
         try:
             message = await _receive(reader)
             while message is not None:
@@ -797,7 +810,9 @@ class Service:
             connection.refused = None
             self.fetcher.connections.remove(connection)
             self.fetcher.let_go(connection)
-            self._count(-1)
+            self._wait_for_clients()
+            if following is not None:
+                following.cancel()
             writer.close()
 
 
@@ -822,6 +837,8 @@ async def _main(folder: Path, address: Path, storage: StorageConfig, linger_seco
     server.close()
     address.unlink(missing_ok=True)
     _logger.info("no client for %g s: the end; %s", linger_seconds, fetcher.counters())
+    logging.shutdown()
+    os._exit(0)  # without requests that nobody waits for any more, and threads that still look up a name
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -838,8 +855,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     asyncio.run(_main(options.folder, options.socket, options.storage, options.linger_seconds))
-    logging.shutdown()
-    os._exit(0)  # requests that nobody waits for, and threads that still look up a name
 
 
 if __name__ == "__main__":

@@ -114,9 +114,9 @@ def index_directory(
     names = shard_names(files, folder)
     found: dict[str, _Summary] = {}
     problems: dict[str, str] = {}
-    with _executor(processes) as executor:
+    with executor(processes) as pool:
         jobs: dict[str, Future[_Summary]] = {
-            name: executor.submit(_index_one, folder.url, folder.storage, name, _usable(name, files, force))
+            name: pool.submit(_index_one, folder.url, folder.storage, name, _usable(name, files, force))
             for name in names
         }
         for done, (name, job) in enumerate(jobs.items(), start=1):
@@ -125,7 +125,7 @@ def index_directory(
             except (ShardError, OSError) as error:
                 problems[name] = str(error)
             except StorageError:
-                executor.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise
             if progress:
                 progress(done, len(names))
@@ -146,15 +146,15 @@ def index_directory(
 
 
 @contextlib.contextmanager
-def _executor(processes: int) -> Iterator[Executor]:
+def executor(processes: int) -> Iterator[Executor]:
     """Processes, for parsing headers and checksums keeps a core busy; threads in this process for one of them."""
-    executor: Executor
+    pool: Executor
     if processes > 1:
-        executor = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+        pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
     else:
-        executor = ThreadPoolExecutor(1)
-    with executor:
-        yield executor
+        pool = ThreadPoolExecutor(1)
+    with pool:
+        yield pool
 
 
 def _usable(name: str, files: dict[str, FileInfo], force: bool) -> bool:
@@ -304,6 +304,7 @@ __all__ = [
     "ShardError",
     "default_processes",
     "differences",
+    "executor",
     "index_directory",
     "parse_manifest",
     "read_manifest",

@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 HOST = "127.0.0.1"
@@ -36,7 +36,8 @@ class CountingProxy:
         except OSError:
             writer.close()
             return
-        await asyncio.gather(self._pass_on(reader, to_server, False), self._pass_on(from_server, writer, True))
+        with suppress(asyncio.CancelledError):  # the end, which asyncio would complain of
+            await asyncio.gather(self._pass_on(reader, to_server, False), self._pass_on(from_server, writer, True))
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, count: bool) -> None:
         try:
