@@ -106,10 +106,17 @@ class StepDataset(Dataset[Batch]):
     """
 
     def __init__(
-        self, populations: Sequence[Population], order: Order, config: Config, rank: int, train: bool, cache: ShardCache
+        self,
+        populations: Sequence[Population],
+        order: Order,
+        config: Config,
+        rank: int,
+        train: bool,
+        cache: ShardCache,
+        stop_step: int,
     ) -> None:
         self.populations, self.order, self.rank, self.train = list(populations), order, rank, train
-        self.holder, self.seed = Holder(self.populations, order, cache), config.seed
+        self.holder, self.seed = Holder(self.populations, order, cache, stop_step), config.seed
         self.label = None if train else config.data.label
         self.metadata_member = config.data.metadata_member
         self.readers = [_Reader.from_config(name, modality) for name, modality in config.modalities.items()]

@@ -27,10 +27,10 @@ Unreachable = dict[tuple[int, int], str]
 
 
 class Holder:
-    """What one loader process has the cache hold."""
+    """What one loader process has the cache hold, of the batches before `stop_step`."""
 
-    def __init__(self, populations: Sequence[Population], order: Order, cache: ShardCache) -> None:
-        self.populations, self.order, self.cache = populations, order, cache
+    def __init__(self, populations: Sequence[Population], order: Order, cache: ShardCache, stop_step: int) -> None:
+        self.populations, self.order, self.cache, self.stop_step = populations, order, cache, stop_step
         self._wanted: tuple[list[Stretch], list[Stretch]] = ([], [])
         self._pieces: list[Piece] = []
         self._unreachable: Unreachable = {}
@@ -47,7 +47,7 @@ class Holder:
         """
         if not self._remote:
             return {}
-        wanted = self.order.stretches(step, low, high)
+        wanted = self.order.stretches(step, low, high, self.stop_step)
         if wanted != self._wanted or self._unreachable:  # what could not be fetched is asked for again
             self._wanted = wanted
             self.hold_again()

@@ -252,7 +252,7 @@ def open_training(
         for epoch in quarantine.epochs(population.name):
             if epoch > 0:
                 _apply(population, order, number, epoch)
-    dataset = StepDataset(populations, order, config, rank, train=True, cache=cache)
+    dataset = StepDataset(populations, order, config, rank, True, cache, config.train.steps)
     loader = TrainingLoader(dataset, config, start_step, quarantine, persist)
     if saved:
         loader.check_state(saved)
@@ -284,4 +284,4 @@ def open_validation(
     quarantine = Quarantine(entry._replace(dataset="held out", epoch=0) for entry in _own_list(shards, cache))
     population = Population("held out", shards, config, quarantine, withhold=withhold)
     order = SequentialOrder(population.sizes(0), config.train.global_batch_size, max_samples)
-    return StepDataset([population], order, config, rank, train=False, cache=cache), order.steps
+    return StepDataset([population], order, config, rank, False, cache, order.steps), order.steps

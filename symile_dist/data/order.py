@@ -361,8 +361,10 @@ class LanesWindowsOrder:
                     column.append(values)
         return Slots(*(np.concatenate(column) for column in columns))
 
-    def stretches(self, step: int, low: int, high: int) -> tuple[list[Stretch], list[Stretch]]:
-        """What the windows of these slots read, and what the windows after them will: for fetching ahead."""
+    def stretches(self, step: int, low: int, high: int, stop: int) -> tuple[list[Stretch], list[Stretch]]:
+        """What the windows of these slots read, and what the windows after them will before step `stop`: for fetching
+        ahead."""
+        ends = self.consumed(stop)
         now: dict[Stretch, None] = {}
         soon: dict[Stretch, None] = {}
         for dataset, lane, offset, count in self._runs(step, low, high):
@@ -370,6 +372,8 @@ class LanesWindowsOrder:
             for parts, end in self.streams[dataset].stretches(lane, offset, count):
                 now.update(dict.fromkeys(Stretch(dataset, *part) for part in parts))
                 next_window = end
+            if next_window * self.lanes + lane >= ends[dataset]:
+                continue
             for parts, _ in self.streams[dataset].stretches(lane, next_window, 1):
                 soon.update(dict.fromkeys(Stretch(dataset, *part) for part in parts))
         return list(now), [stretch for stretch in soon if stretch not in now]
@@ -426,7 +430,7 @@ class SequentialOrder:
         shard[none], row[none] = -1, 0
         return Slots(np.zeros_like(at), shard, row, np.zeros_like(at))
 
-    def stretches(self, step: int, low: int, high: int) -> tuple[list[Stretch], list[Stretch]]:
+    def stretches(self, step: int, low: int, high: int, stop: int) -> tuple[list[Stretch], list[Stretch]]:
         """The shards of these slots, and those of the two steps after it."""
 
         def between(first: int, last: int) -> list[Stretch]:
@@ -443,7 +447,7 @@ class SequentialOrder:
 
         at = step * self.global_batch_size
         now = between(at + low, at + high)
-        later = between(at + high, at + 3 * self.global_batch_size)
+        later = between(at + high, min(at + 3 * self.global_batch_size, stop * self.global_batch_size))
         return now, [stretch for stretch in later if stretch not in now]
 
 

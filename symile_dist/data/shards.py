@@ -139,7 +139,8 @@ def open_folder(url: str, storage: StorageConfig, cache: ShardCache) -> LocalSha
     if folder.path is not None:
         return LocalShards(read_manifest(url, storage, check=False), folder)
     try:
-        manifest = parse_manifest(cache.read(folder / MANIFEST), folder)
+        # Fresh: shards may have been indexed again since another run read them.
+        manifest = parse_manifest(cache.read(folder / MANIFEST, fresh=True), folder)
     except FileNotFoundError:
         return CachedShards(read_manifest(url, storage), folder, cache)  # raises, with what is there in its place
     return CachedShards(manifest, folder, cache)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from symile_dist.checkpoint.manifest import complete_checkpoints
 from symile_dist.checkpoint.reshape import consolidated_weights
-from symile_dist.data.loader import collate
+from symile_dist.data.batches import collate
 from symile_dist.metrics.history import read_history
 from symile_dist.types import Batch, Outputs, Padded
 from tests.processes import run_distributed

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -25,10 +26,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from symile_dist.cli import main
+from symile_dist.cli import build_parser, main
+from symile_dist.config import parse_config
 from symile_dist.data.decode import decode_audio, decode_image, decode_npy
 from symile_dist.data.index import BLOCK, read_index, split_name
 from symile_dist.data.manifest import read_manifest
+from symile_dist.registry import ENCODERS, TRANSFORMS, build
 from symile_dist.tools.pack.arrays import ArrayMember, ArraySource
 from symile_dist.tools.pack.files import TableSource, files_source
 from symile_dist.tools.pack.symile_m3 import csv_source, tensors_source
@@ -771,3 +774,28 @@ def test_command_line(m3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert main(given) == 2
         captured = capsys.readouterr()
         assert captured.err.startswith("error: ") and told in captured.err, captured.err
+
+
+# -- docs/packing.md -------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[2] / "docs" / "packing.md").read_text(encoding="utf-8")
+
+
+def test_commands_of_the_page() -> None:
+    commands = [line.split()[1:] for line in PAGE.splitlines() if line.startswith("symile-dist shards pack ")]
+    assert [words[2] for words in commands] == ["symile-m3", "symile-m3", "symile-mimic", "files"]
+    for words in commands:
+        build_parser().parse_args(words)
+
+
+def test_configs_of_the_page() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        # Where it stands the reader's own encoder.
+        text = block.replace("my_package.encoders:TokenEncoder", "{name: mlp, input_dim: 9}")
+        whole = f"run: {{name: page}}\ndata: {{train: shards}}\ntrain: {{steps: 1, global_batch_size: 8}}\n{text}"
+        config = parse_config(whole, "page.yaml").config
+        for modality in config.modalities.values():
+            build(modality.transform.name, modality.transform.options, TRANSFORMS, "transform")
+            build(modality.encoder.name, modality.encoder.options, ENCODERS, "encoder", embedding_dim=8)
