@@ -700,9 +700,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and not isinstance(error, FileNotFoundError):
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        # A file that an object store lacks has its URL in the message.
+        words = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+        print(f"error: {words}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; the same command again goes on from the newest checkpoint", file=sys.stderr)

@@ -40,7 +40,7 @@ from symile_dist.tools.peers.server import BUCKET, CREDENTIALS, HOST, CountingPr
 from symile_dist.tools.progress import progress_bar
 
 SEED = 0
-LARGEST_BATCH = 256
+SMALLEST_BATCH, LARGEST_BATCH = 16, 256
 READ = Path(__file__).with_name("peers") / "read.py"
 PEERS_PYTHON = Path(__file__).resolve().parent.parent / ".peers" / "bin" / "python"
 HOW_TO_GET_PEERS = "not installed; `make peers` in the repository puts it into .peers"
@@ -114,8 +114,9 @@ class Workload:
 
     @property
     def batch(self) -> int:
-        """The largest batch that divides the samples: ours reads whole global batches."""
-        return max(size for size in range(1, LARGEST_BATCH + 1) if self.samples % size == 0)
+        """The largest batch that divides the samples, into four or more: ours reads whole global batches."""
+        largest = min(LARGEST_BATCH, self.samples // 4)
+        return max((size for size in range(1, largest + 1) if self.samples % size == 0), default=1)
 
     def sample(self, number: int) -> dict[str, bytes]:
         """Suffix -> bytes; each size is drawn within a quarter of the nominal one."""
@@ -412,10 +413,10 @@ def check_options(
         raise ValueError(f"--processes {processes}: should be 0 (only in one process) to 64")
     if workload.samples % workload.shards:
         raise ValueError(f"--samples {workload.samples}: does not divide by --shards {workload.shards}")
-    if workload.samples < 4 * workload.batch or workload.batch < 16:
+    if workload.batch < SMALLEST_BATCH:
         raise ValueError(
-            f"--samples {workload.samples}: has no divisor between 16 and {LARGEST_BATCH} that makes four batches or "
-            "more; take a round number"
+            f"--samples {workload.samples}: does not divide into four or more batches of {SMALLEST_BATCH} to "
+            f"{LARGEST_BATCH}; take a round number"
         )
     for peer in peers:
         if peer not in PEERS:

@@ -18,6 +18,7 @@ import bisect
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -27,7 +28,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -64,32 +65,33 @@ class Slots:
         self._waiting: list[tuple[Rank, asyncio.Future[None]]] = []
 
     @contextlib.asynccontextmanager
-    async def one(self, rank: Rank) -> Any:
-        if self._free:
-            self._free -= 1
-        else:
-            turn = (rank, asyncio.get_running_loop().create_future())
-            self._waiting.append(turn)
-            try:
-                await turn[1]
-            except asyncio.CancelledError:
-                if turn in self._waiting:
-                    self._waiting.remove(turn)
-                else:  # it was granted just before
-                    self._give()
-                raise
+    async def one(self, rank: Rank) -> AsyncIterator[None]:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((rank, turn))
+        self._grant()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it was granted just before
+                self._free_one()
+            raise
         try:
             yield
         finally:
-            self._give()
+            self._free_one()
 
-    def _give(self) -> None:
-        if not self._waiting:
-            self._free += 1
-            return
-        turn = min(self._waiting, key=lambda one: one[0]())
-        self._waiting.remove(turn)
-        turn[1].set_result(None)
+    def _free_one(self) -> None:
+        # Not at once: who has just finished may want another of a higher rank than all who wait.
+        self._free += 1
+        asyncio.get_running_loop().call_soon(self._grant)
+
+    def _grant(self) -> None:
+        while self._free and self._waiting:
+            one = min(self._waiting, key=lambda one: one[0]())
+            self._waiting.remove(one)
+            if not one[1].cancelled():
+                self._free -= 1
+                one[1].set_result(None)
 
 
 class GaveUp(StorageError):
@@ -144,14 +146,15 @@ class Requests:
         end: int,
         rank: Rank,
         exact: bool = True,
+        keep: Callable[[bytes], Awaitable[None]] | None = None,
         pausing: Callable[[bool], None] = lambda begins: None,
     ) -> bytes:
         """Bytes [start, end) of a file; fewer where it ends, unless `exact`.
 
         Tries again, with growing pauses, what may yet succeed, until this range has failed for `give_up_seconds`, or
         until nothing at all has come from its endpoint for so long: whatever else waits for a silent endpoint then
-        fails with it, and later requests get one try each until one succeeds. `pausing(True)` and `pausing(False)` are
-        called around pauses. Raises FileNotFoundError, GaveUp and StorageError.
+        fails with it, and later requests get one try each until one succeeds. `keep` is called with the bytes,
+        `pausing(True)` and `pausing(False)` around pauses. Raises FileNotFoundError, GaveUp and StorageError.
         """
         filesystem = self._filesystem(url)
         server = self._servers.setdefault(endpoint_words(url, self.storage), _Server())
@@ -180,6 +183,8 @@ class Requests:
                         words = f"{name}: ends after {start + len(data)} bytes, {end} were expected"
                         raise StorageError(words) if short >= _SHORT_TRIES else EOFError(words)
                     self.counts["bytes_fetched"] += len(data)
+                    if keep is not None:
+                        await keep(data)  # before the slot is free: what is in memory is bounded by the slots
                     return bytes(data)
                 except Exception as error:  # aiohttp's and botocore's are neither OSError nor of one family
                     caught = error
@@ -522,9 +527,12 @@ class Fetcher:
         async def work() -> None:
             for start in starts:
                 end = min(start + self.storage.request_bytes, extent.end)
-                data = await self.requests.ask(extent.url, start, end, rank, pausing=pausing)
-                await asyncio.to_thread(_write_at, temporary, data, start - extent.start)
-                extent.written += len(data)
+                keep = functools.partial(write, start - extent.start)
+                await self.requests.ask(extent.url, start, end, rank, keep=keep, pausing=pausing)
+
+        async def write(offset: int, data: bytes) -> None:
+            await asyncio.to_thread(_write_at, temporary, data, offset)
+            extent.written += len(data)
 
         try:
             with _disk_words(temporary):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.server
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -99,7 +100,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
 def held(cache: ShardCache, url: str) -> bytes:
     """What a client reads of a url, segments joined."""
     segments = cache.segments(url)
-    assert all(one.end == other.start for one, other in zip(segments, segments[1:], strict=False))
+    assert all(one.end == other.start for one, other in itertools.pairwise(segments))
     return b"".join(Path(segment.path).read_bytes() for segment in segments)
 
 

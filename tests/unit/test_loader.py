@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import random
 import re
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +22,7 @@ from symile_dist.config import Config
 from symile_dist.data.batches import collate
 from symile_dist.data.index import ShardError, index_path, read_index
 from symile_dist.data.loader import Loader, open_training, open_validation
-from symile_dist.data.manifest import index_directory, read_manifest
+from symile_dist.data.manifest import Manifest, ShardEntry, index_directory, read_manifest
 from symile_dist.errors import RunStopped
 from symile_dist.types import Batch, Fault, Padded
 from tests.conftest import SHARD_SIZES
@@ -61,12 +67,35 @@ def damage(folder: Path, sample: int, member: str = "a.npy") -> None:
 
 
 def test_the_same_stream_at_every_world_size_and_number_of_processes(shards: Path, make_config: MakeConfig) -> None:
-    expected = global_stream(configured(make_config, shards))
-    assert len(expected) == STEPS and all(len(set(batch)) == 12 for batch in expected[:3])
-    for world in (1, 2, 4):
-        for processes in (0, 2):
-            config = configured(make_config, shards, f"ray.num_workers={world}", f"data.loader_processes={processes}")
-            assert global_stream(config) == expected, f"world {world}, {processes} loader processes"
+    two_epochs = ("train.global_batch_size=24", "train.steps=4")
+    expected = global_stream(make_config(shards, *two_epochs))
+    assert len(expected) == 4 and all(len(batch) == 24 for batch in expected)
+    counts = Counter(chain.from_iterable(expected))
+    assert set(counts) == set(range(37)) and set(counts.values()) <= {2, 3}
+    for world in (1, 2, 3, 4, 6, 8):
+        for processes in (0, 1, 3):
+            if processes and world in (3, 6):
+                continue  # the processes read what a rank's own process reads: half of the worlds tell it
+            overrides = (f"ray.num_workers={world}", f"data.loader_processes={processes}")
+            assert global_stream(make_config(shards, *two_epochs, *overrides)) == expected, (world, processes)
+
+
+def test_a_run_that_is_killed_and_goes_on_at_other_worlds_reads_every_sample_once(
+    shards: Path, make_config: MakeConfig
+) -> None:
+    steps, draw = 20, random.Random(0)
+    overrides = ("train.global_batch_size=24", f"train.steps={steps}", "data.lanes=1")
+    stream: list[int] = []
+    step = 0
+    while step < steps:
+        world, stop = draw.choice((1, 2, 3, 4, 6, 8)), min(steps, step + draw.randint(1, 5))
+        # Killed after `stop` batches: what was prefetched beyond them is lost, and read again.
+        config = make_config(shards, *overrides, f"ray.num_workers={world}")
+        ranks = [list(islice(open_training(config, rank, step), stop - step)) for rank in range(world)]
+        stream += [sample for parts in zip(*ranks, strict=True) for batch in parts for sample in ids(batch)]
+        step = stop
+    for epoch in range(len(stream) // 37):
+        assert sorted(stream[37 * epoch : 37 * (epoch + 1)]) == list(range(37)), f"epoch {epoch}"
 
 
 def test_an_epoch_holds_every_sample_once(shards: Path, make_config: MakeConfig) -> None:
@@ -458,3 +487,75 @@ def test_a_mixture_keeps_to_its_weights_at_every_world_and_after_every_step(
         for epoch in range(len(seen) // size):
             part = seen[epoch * size : (epoch + 1) * size]
             assert len(set(part)) >= size - 4, f"dataset {number}, epoch {epoch}"
+
+
+# -- large datasets --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_over_33_million_samples_opens_no_index_and_plans_at_once(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    folder = tmp_path / "large"
+    synthetic_manifest(folder, shards=3300, samples=10_000)
+    script = f"""
+import json, resource, sys, time
+from symile_dist.config import parse_config
+from symile_dist.data import loader
+from symile_dist.data.batches import StepDataset
+from tests.shards import config_text
+overrides = ["train.global_batch_size=4096", "train.steps=100000"]
+config = parse_config(config_text({str(folder)!r}), "large", overrides).config
+StepDataset._find_examples = lambda self: []  # there are no bytes behind this manifest
+loader.open_training(config, 0, 0).order.slots(0, 0, 512)  # imports and allocators
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+results = []
+for step in (1, 7_001, 8_056, 1_000_003):
+    begin = time.process_time()
+    training = loader.open_training(config, 0, step)
+    opened = time.process_time()
+    slots = training.order.slots(step, 0, 4096)  # a world of one rank: the most that a rank can have
+    results.append((opened - begin, time.process_time() - opened, len(slots.row), len(json.dumps(training.state))))
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({{"results": results, "kilobytes": after - before}}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for _, _, slots, state in found["results"]:
+        assert slots == 4096 and state <= 1000
+    assert found["kilobytes"] <= 50_000, found
+
+
+def synthetic_manifest(folder: Path, shards: int, samples: int) -> None:
+    """A manifest of shards that do not exist."""
+    entries = tuple(
+        ShardEntry(f"shard-{number:05d}.tar", samples, 10**9, 370_000, f"{number:064x}", ((15, samples),))
+        for number in range(shards)
+    )
+    folder.mkdir()
+    (folder / "manifest.json").write_text(Manifest(str(folder), entries, ("a.npy", "b.npy", "c.npy", "json")).to_json())
+    assert (folder / "manifest.json").stat().st_size < 1_000_000
+    assert not list(folder.glob("*.idx"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 1])
+def test_memory_stays_flat_over_a_hundred_thousand_batches(
+    shards: Path, make_config: MakeConfig, processes: int
+) -> None:
+    """The slope of the resident memory of this process and its loader processes, after a warm-up."""
+    steps = 100_000 if processes == 0 else 30_000
+    config = make_config(shards, f"train.steps={steps}", f"data.loader_processes={processes}")
+    measured: list[tuple[int, float]] = []
+    for step, _ in enumerate(open_training(config, 0, 0)):
+        if step % (steps // 50) == 0 and step > steps // 10:
+            measured.append((step, resident_megabytes()))
+    slope = float(np.polyfit(*zip(*measured, strict=True), 1)[0])
+    assert slope * 100_000 < 8, f"{slope * 100_000:.1f} MB per 100,000 batches: {measured[0]} ... {measured[-1]}"
+
+
+def resident_megabytes() -> float:
+    """Of this process and its children."""
+    pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+    return pages * os.sysconf("SC_PAGESIZE") / 1e6

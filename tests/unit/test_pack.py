@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -450,7 +451,7 @@ def is_running(process: int) -> bool:
 def test_killed_and_run_again(tmp_path: Path, processes: int) -> None:
     """SIGKILL while shards are being written: no half shard is taken for a whole one, the bytes are the same."""
     with open(tmp_path / "texts.jsonl", "w") as file:
-        for number in range(1500):
+        for number in range(800):
             file.write(json.dumps({"caption": f"{number} " * 200}) + "\n")
     out = tmp_path / "out"
     words = [
@@ -474,7 +475,7 @@ def test_killed_and_run_again(tmp_path: Path, processes: int) -> None:
         assert time.monotonic() < deadline, "the killed command's processes live on"
         time.sleep(0.01)
     whole = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    assert 7 <= len(whole) < 300 and not (out / "manifest.json").exists()
+    assert 7 <= len(whole) < 160 and not (out / "manifest.json").exists()
     source = files_source(tmp_path / "texts.jsonl", tmp_path, [], ["txt=caption"])
     assert pack(source, out, max_samples=5)["complete"]
     assert all((out / name).stat().st_mtime_ns == when for name, when in whole.items()), "whole shards are kept"
@@ -569,6 +570,14 @@ def test_a_folder_that_holds_something_else(m3: Path, tmp_path: Path) -> None:
     (out / "pack.json").write_text("{}")
     with pytest.raises(ValueError, match=r"pack.json: damaged or not of this command"):
         pack(m3_source(m3), out, max_samples=9)
+
+
+def test_a_disk_that_is_too_small(m3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match=r"0.0 GB are to be written, 0.0 GB are free"):
+        pack(m3_source(m3), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tar"))
 
 
 def test_other_parameters_into_the_same_folder(tmp_path: Path) -> None:

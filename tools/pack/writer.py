@@ -9,6 +9,7 @@ import fcntl
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -85,6 +86,7 @@ def pack(
                 path.unlink(missing_ok=True)
         _lock(lock, fcntl.LOCK_SH)
         todo = [shard for shard in share if not plan.is_complete(shard)]
+        _check_space(plan.folder, sum(shard.bytes for shard in todo))
         total = sum(shard.last - shard.first for shard in share)
         done = total - sum(shard.last - shard.first for shard in todo)
         report("samples", done, total)
@@ -118,6 +120,13 @@ def parse_part(part: str) -> tuple[int, int]:
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise ValueError(f"'{part}' is no part; write i/n, e.g. 1/4 to 4/4 for four machines")
     return int(found[1]), int(found[2])
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Raises ValueError where the disk is too small: better now than after hours."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"{folder}: {needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free")
 
 
 def _lock(file: BinaryIO, kind: int) -> bool:
