@@ -645,7 +645,7 @@ def build_parser() -> argparse.ArgumentParser:
         "data",
         _benchmark_data,
         "Reading shards: ours, webdataset, tarfile, LitData and MosaicML Streaming, from disk and from S3.",
-        "make peers && symile-dist benchmark data --samples 20000 --out benchmark-data.json",
+        "symile-dist benchmark data --samples 20000 --out benchmark-data.json",
     )
     data.add_argument("--samples", type=int, default=20_000, metavar="N", help="default: 20000")
     data.add_argument("--shards", type=int, default=20, metavar="N", help="of the samples (default: 20)")

@@ -11,6 +11,7 @@ This module imports neither torch, ray nor deepspeed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -472,13 +473,19 @@ _Loader.add_implicit_resolver(
 )
 
 KeyPath = tuple[str, ...]
+MAX_VALUES = 100_000
+"""In a config, aliases expanded."""
 
 
 def _compose(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
     """Parses YAML into plain data and the line on which each key stands."""
     lines: dict[KeyPath, int] = {}
 
+    visited = itertools.count(1)
+
     def walk(node: yaml.Node, path: KeyPath) -> None:
+        if next(visited) > MAX_VALUES:  # aliases of aliases: a few lines of YAML may stand for billions of values
+            raise ConfigError(f"{source}: holds more than {MAX_VALUES} values; does an alias (*name) repeat too much?")
         if isinstance(node, yaml.MappingNode):
             for key_node, value_node in node.value:
                 key = (*path, str(key_node.value))

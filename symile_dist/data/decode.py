@@ -16,6 +16,10 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow may try: its EPS reader, for one, starts Ghostscript."""
 
 
+MAX_AUDIO_VALUES = 2**28
+"""Samples times channels of a clip: a GiB as float32. Some hundred bytes may declare any number."""
+
+
 class Waveform(NamedTuple):
     """A decoded clip."""
 
@@ -56,6 +60,8 @@ def decode_audio(data: bytes, max_seconds: float = 3600.0) -> Waveform:
 
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if file.frames * file.channels > MAX_AUDIO_VALUES:
+                raise ValueError(f"the clip declares {file.frames} samples of {file.channels} channels: refused")
             if file.frames > max_seconds * file.samplerate:
                 raise ValueError(
                     f"the clip declares {file.frames / file.samplerate:.0f} s, more than {max_seconds:.0f}"
