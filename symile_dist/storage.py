@@ -170,6 +170,8 @@ class Folder:
     def local_copy(self, name: str, scratch: Path) -> Iterator[Path]:
         """The file itself where it is local, else a copy below `scratch` that is removed at the end."""
         if self.path is not None:
+            if not (self.path / name).is_file():
+                raise FileNotFoundError(f"{self / name}: no such file or folder")
             yield self.path / name
             return
         url, remote, copy = self / name, f"{self._root}/{name}", scratch / name
@@ -190,6 +192,7 @@ class Folder:
 
     def _ask(self, url: str, request: Callable[[], T]) -> T:
         """The request's result; raises what the class says, after `give_up_seconds` of answers that may yet change."""
+        self._fs  # noqa: B018  (a ValueError of its making is no answer of a store)
         first_failed: float | None = None
         for tries in itertools.count():
             began = time.monotonic()
@@ -206,7 +209,7 @@ class Folder:
         raise AssertionError("unreachable")
 
 
-def remote_filesystem(url: str, storage: StorageConfig, attempts: int = 5, asynchronous: bool = False) -> Any:
+def remote_filesystem(url: str, storage: StorageConfig, attempts: int = 3, asynchronous: bool = False) -> Any:
     """fsspec's file system behind a URL. Raises ValueError where a package for its scheme is missing.
 
     `attempts`: requests that botocore makes before it reports an answer such as 503. s3fs retries nothing itself: its

@@ -145,6 +145,7 @@ class Requests:
         start: int,
         end: int,
         rank: Rank,
+        asked: float,
         exact: bool = True,
         keep: Callable[[bytes], Awaitable[None]] | None = None,
         pausing: Callable[[bool], None] = lambda begins: None,
@@ -152,14 +153,14 @@ class Requests:
         """Bytes [start, end) of a file; fewer where it ends, unless `exact`.
 
         Tries again, with growing pauses, what may yet succeed, until this range has failed for `give_up_seconds`, or
-        until nothing at all has come from its endpoint for so long: whatever else waits for a silent endpoint then
-        fails with it, and later requests get one try each until one succeeds. `keep` is called with the bytes,
-        `pausing(True)` and `pausing(False)` around pauses. Raises FileNotFoundError, GaveUp and StorageError.
+        until nothing at all has come from its endpoint for so long: whatever else was wanted of a silent endpoint
+        (`asked`: since when, by time.monotonic()) then fails with it, and for a while later requests get one try each.
+        `keep` is called with the bytes, `pausing(True)` and `pausing(False)` around pauses. Raises FileNotFoundError,
+        GaveUp and StorageError.
         """
         filesystem = self._filesystem(url)
         server = self._servers.setdefault(endpoint_words(url, self.storage), _Server())
         name, patience = without_secrets(url), self.storage.give_up_seconds
-        asked = time.monotonic()
         first_failed: float | None = None
         short = 0
         for tries in itertools.count():
@@ -244,6 +245,8 @@ class Extent:
     holders: set[Connection] = field(default_factory=set)
     last_used: float = 0.0
     """Seconds since 1970: survives a restart as the file's time."""
+    asked: float = field(default_factory=time.monotonic)
+    """When somebody first wanted it."""
     written: int = 0
     stale: bool = False
     """Proved wrong, but somebody still holds it."""
@@ -528,7 +531,7 @@ class Fetcher:
             for start in starts:
                 end = min(start + self.storage.request_bytes, extent.end)
                 keep = functools.partial(write, start - extent.start)
-                await self.requests.ask(extent.url, start, end, rank, keep=keep, pausing=pausing)
+                await self.requests.ask(extent.url, start, end, rank, extent.asked, keep=keep, pausing=pausing)
 
         async def write(offset: int, data: bytes) -> None:
             await asyncio.to_thread(_write_at, temporary, data, offset)
@@ -656,11 +659,11 @@ class Fetcher:
     async def _read(self, url: str) -> bytes:
         """Range by range until one comes short: a small file costs one request, and none for its size."""
         parts: list[bytes] = []
-        step = self.storage.request_bytes
+        step, asked = self.storage.request_bytes, time.monotonic()
         try:
             while not parts or len(parts[-1]) == step:
                 start = sum(map(len, parts))
-                parts.append(await self.requests.ask(url, start, start + step, lambda: (0, 0), exact=False))
+                parts.append(await self.requests.ask(url, start, start + step, lambda: (0, 0), asked, exact=False))
         except GaveUp as error:
             self.counts["failures"] += 1
             self._remember(_whole(url), 0, 1, error, str(error))

@@ -518,7 +518,7 @@ def test_samples_with_missing_files_are_skipped(broken: Path, tmp_path: Path) ->
 
 
 def test_samples_with_missing_files_are_packed_without_the_member(broken: Path, tmp_path: Path) -> None:
-    summary = pack(m3_source(broken, "absent"), tmp_path / "out", max_samples=4, processes=2)
+    summary = pack(m3_source(broken, "absent"), tmp_path / "out", max_samples=4)
     assert summary["samples"] == SAMPLES and summary["absent"] == {"audio_path": 1, "image_path": 2}
     assert summary["members"] == {"jpg": SAMPLES - 2, "json": SAMPLES, "txt": SAMPLES, "wav": SAMPLES - 1}
     samples = packed(tmp_path / "out")
