@@ -58,13 +58,13 @@ class _Descriptors:
         self._open.move_to_end(path)
         return self._open[path]
 
-    def close(self, path: str) -> None:
-        if path in self._open:
-            os.close(self._open.pop(path))
+    def close_all(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
 
     def __del__(self) -> None:
-        for descriptor in getattr(self, "_open", {}).values():
-            os.close(descriptor)
+        if hasattr(self, "_open"):
+            self.close_all()
 
 
 class LocalShards:
@@ -111,13 +111,13 @@ class CachedShards:
 
     def forget(self, shard: int) -> None:
         """Its bytes proved wrong: they are fetched again when they are held next."""
-        for segment in self._segments.pop(shard, []):
-            self._files.close(segment.path)
+        self.held()
         self.cache.forget(self.url(shard))
 
     def held(self) -> None:
-        """What is held has changed."""
+        """What is held has changed. An open descriptor would keep the disk space of a file that is evicted."""
         self._segments.clear()
+        self._files.close_all()
 
     def read(self, shard: int) -> Read:
         if shard not in self._segments:
