@@ -161,7 +161,7 @@ def read_litdata(spec: Spec) -> list[Iterable[Sample]]:
     litdata = import_module("litdata")
     options: dict[str, Any] = {}
     if not local_path(spec["source"]):
-        # It has no setting that lets its S3 client speak plain HTTP, as a server on this machine does.
+        # Its S3 client takes no plain HTTP, which a server on this machine speaks; AWS_ALLOW_HTTP does not reach it.
         import_module("litdata.streaming.downloader")._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
         options = {"cache_dir": spec["cache"], "storage_options": {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}}
     dataset = litdata.StreamingDataset(spec["source"], shuffle=spec["shuffle"], **options)
