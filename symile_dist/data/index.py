@@ -257,16 +257,23 @@ def read_rows(
     A member that a sample lacks comes as b"" (`index.present` tells it from an empty one). A row whose bytes are not
     what the index says comes as BadMember; the others are not touched by it.
     """
-    offsets = index.block_offsets[rows][:, columns].astype(np.int64) * BLOCK
-    there = (sizes := index.sizes[rows][:, columns]) != ABSENT
-    sizes = np.where(there, sizes, 0).astype(np.int64)
-    # A member that is not there is an empty slice at the beginning of the span.
-    starts = np.where(there, offsets, np.iinfo(np.int64).max).min(axis=1, initial=np.iinfo(np.int64).max)
-    starts = np.where(there.any(axis=1), starts, 0)
-    begins = np.where(there, offsets - starts[:, None], 0)
+    if len(columns) == 0:
+        return [[] for _ in rows]
+    picked = np.ix_(rows, np.asarray(columns, dtype=np.int64))
+    offsets = index.block_offsets[picked].astype(np.int64) * BLOCK
+    sizes, checksums = index.sizes[picked].astype(np.int64), index.checksums[picked]
+    there = sizes != ABSENT
+    if there.all():
+        starts = offsets.min(axis=1)
+        begins = offsets - starts[:, None]
+    else:  # a member that is not there is an empty slice at the beginning of the span
+        starts = np.where(there, offsets, np.iinfo(np.int64).max).min(axis=1)
+        starts = np.where(there.any(axis=1), starts, 0)
+        begins = np.where(there, offsets - starts[:, None], 0)
+        sizes = np.where(there, sizes, 0)
+        checksums = np.where(there, checksums, 0)  # the CRC-32 of nothing is 0
     ends = begins + sizes
-    lengths = ends.max(axis=1, initial=0)
-    checksums = np.where(there, index.checksums[rows][:, columns], 0)  # the CRC-32 of nothing is 0
+    lengths = ends.max(axis=1)
     found: list[list[bytes] | BadMember] = []
     crc32 = zlib.crc32
     # Plain lists and loops: this is where a loader process spends its time, about 6 microseconds a sample.

@@ -83,6 +83,9 @@ class Population:
         self.base_sizes = [sum(count for count, used in patterns if used) for patterns in accepted]
         """Samples per shard that have what is required, in quarantine or not."""
         self._uniform = [all(used for _, used in patterns) for patterns in accepted]
+        wanted = sum(1 << number for number, m in enumerate(self.manifest.members) if m in self.requirement.members)
+        self._complete = [all(mask & wanted == wanted for mask, _ in entry.presence) for entry in self.manifest.shards]
+        """Per shard, whether every sample has every modality."""
         if not sum(self.base_sizes):
             raise ShardError(f"{self.manifest.url}: none of the {self.manifest.samples} samples has {self.requirement}")
 
@@ -172,7 +175,10 @@ class Population:
 
     def present(self, shard: int, rows: Int64Array) -> BoolArray:
         """(len(rows), M): what is there, less what is withheld for the experiment. A sample always lacks the same."""
-        present = self.native(shard)[rows]
+        if self._complete[shard]:
+            present = np.ones((len(rows), len(self.requirement.members)), dtype=bool)
+        else:
+            present = self.native(shard)[rows]
         if self._withheld is None:
             return present
         entry = self.manifest.shards[shard]
