@@ -77,6 +77,7 @@ class ReadCounts:
     """What reading a batch took."""
 
     bytes: int = 0
+    """From the first to the last member that was wanted, sample by sample."""
     shards_opened: int = 0
     samples: dict[str, int] = field(default_factory=dict)
     """Slots by dataset."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from symile_dist.config import StorageConfig
-from symile_dist.data.index import BadMember, ShardError, build_index, parse_index, read_rows
+from symile_dist.data.index import ShardError, build_index, parse_index
 from symile_dist.data.manifest import Manifest, ShardEntry, differences, executor, read_manifest
 from symile_dist.data.quarantine import (
     NEXT_EPOCH,
@@ -23,6 +21,7 @@ from symile_dist.data.quarantine import (
     read_quarantine,
     write_quarantine,
 )
+from symile_dist.data.spans import BadMember, OpenFile, Spans
 from symile_dist.storage import Folder
 from symile_dist.types import Fault
 
@@ -73,23 +72,12 @@ def _verify_shard(url: str, storage: StorageConfig, entry: ShardEntry) -> list[F
     except (ShardError, FileNotFoundError) as error:
         return [_whole(entry.name, str(error), "index")]
     with tempfile.TemporaryDirectory() as scratch, folder.local_copy(entry.name, Path(scratch)) as shard:
-        descriptor = os.open(shard, os.O_RDONLY)
-        try:
-            read, columns = partial(os.pread, descriptor), range(len(index.members))
-            parts = (
-                (row, part)
-                for start in range(0, len(index), 64)
-                for row, part in enumerate(
-                    read_rows(read, index, np.arange(start, min(start + 64, len(index))), columns), start
-                )
-            )
-            faults = [
-                Fault(part.kind, "", entry.name, row, part.member, part.offset, part.reason)
-                for row, part in parts
-                if isinstance(part, BadMember)
-            ]
-        finally:
-            os.close(descriptor)
+        file, spans = OpenFile(str(shard)), Spans.of(index.places, index.members)
+        faults = [
+            Fault(part.kind, "", entry.name, row, part.member, part.offset, part.reason)
+            for row in range(len(index))
+            if isinstance(part := spans.read(row, file.read), BadMember)
+        ]
         try:
             build_index(shard, folder / entry.name)
         except ShardError as error:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ from torch.utils.data import Dataset
 from symile_dist.config import Config, ModalityConfig
 from symile_dist.data.cache import ShardCache
 from symile_dist.data.holder import UNREADABLE, Holder
-from symile_dist.data.index import BLOCK, BadMember, ShardError, read_rows
-from symile_dist.data.order import Order
+from symile_dist.data.index import ABSENT, BLOCK, ShardError, ShardIndex
+from symile_dist.data.order import Order, Slots
 from symile_dist.data.population import Population
 from symile_dist.data.shards import CachedShards
+from symile_dist.data.spans import BadMember, Read, Spans, read_rows
 from symile_dist.errors import StorageError
 from symile_dist.registry import DECODERS, TRANSFORMS, build, check_options, resolve
 from symile_dist.seeding import philox
@@ -85,18 +86,45 @@ def collate(samples: list[torch.Tensor], variable_length: bool) -> Inputs:
 
 @dataclass
 class RawBatch:
-    """One rank's share of a global batch, as bytes."""
+    """One rank's share of a global batch: n slots, and where in the shards their bytes lie."""
 
-    samples: list[list[bytes] | None]
-    """Per slot the bytes of each of `StepDataset.members`, b"" for an absent one; None: no sample, or unreadable."""
-    present: NDArray[np.bool_]
-    """(n, M)"""
+    slots: Slots
+    rows: NDArray[np.int64]
+    """(n,) of the shards' indices; -1 where it is not known"""
     sample_ids: NDArray[np.int64]
     """(n,): -1 where the slot holds no sample"""
-    places: list[tuple[int, int, int, int]]
-    """(dataset, shard, row, epoch) per slot; row -1 where it is not known."""
+    present: NDArray[np.bool_]
+    """(n, M)"""
     faults: list[Fault]
+    """What could not be found; of what cannot be read, once it has been tried."""
     counts: ReadCounts
+    to_read: list[int]
+    """Slots, shard by shard."""
+    reads: list[Read]
+    """From the shard of each of them"""
+    spans: Spans
+    """of each of them."""
+
+
+class _Group(NamedTuple):
+    """Slots whose samples lie in one shard and are of one epoch."""
+
+    dataset: int
+    shard: int
+    epoch: int
+    slots: NDArray[np.int64]
+
+
+def _groups(slots: Slots) -> Iterator[_Group]:
+    """All slots that hold a sample."""
+    order = np.lexsort((slots.epoch, slots.shard, slots.dataset))
+    keys = np.stack([slots.dataset[order], slots.shard[order], slots.epoch[order]])
+    firsts = [0, *(np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(axis=0)) + 1).tolist()]
+    for (dataset, shard, epoch), first, end in zip(
+        keys[:, firsts].T.tolist(), firsts, [*firsts[1:], len(order)], strict=True
+    ):
+        if shard >= 0:
+            yield _Group(dataset, shard, epoch, order[first:end])
 
 
 class StepDataset(Dataset[Batch]):
@@ -121,7 +149,7 @@ class StepDataset(Dataset[Batch]):
         self.metadata_member = config.data.metadata_member
         self.readers = [_Reader.from_config(name, modality) for name, modality in config.modalities.items()]
         wanted = [reader.member for reader in self.readers]
-        self.members = list(dict.fromkeys([*wanted, self.metadata_member] if self.label else wanted))
+        self.members = tuple(dict.fromkeys([*wanted, self.metadata_member] if self.label else wanted))
         share = order.global_batch_size // config.world_size
         self.low, self.high = rank * share, (rank + 1) * share
         self.examples = self._find_examples()
@@ -129,123 +157,104 @@ class StepDataset(Dataset[Batch]):
 
     # -- bytes ---------------------------------------------------------------------------------------------------
 
-    def raw(self, step: int) -> RawBatch:
-        """The bytes of this rank's share of a global batch. Never raises for what a shard holds: see `faults`."""
-        slots = self.order.slots(step, self.low, self.high)
-        size = self.high - self.low
-        raw = RawBatch(
-            [None] * size,
-            np.ones((size, len(self.readers)), dtype=bool),
-            np.full(size, -1, dtype=np.int64),
-            [(-1, -1, -1, -1)] * size,
-            [],
-            ReadCounts(),
-        )
-        unreachable = self.holder.hold(step, self.low, self.high)
+    def locate(self, step: int) -> RawBatch:
+        """Where this rank's share of a global batch lies. Never raises for what a shard holds: see `faults`."""
+        slots, size = self.order.slots(step, self.low, self.high), self.high - self.low
         opened = sum(population.shards.opened for population in self.populations)
-        # Slot numbers by (dataset, shard, epoch): each group is read in one go.
-        keys = np.stack([slots.dataset, slots.shard, slots.epoch])
-        groups, member = np.unique(keys[:, slots.shard >= 0], axis=1, return_inverse=True)
-        numbers = np.flatnonzero(slots.shard >= 0)
-        ends = np.cumsum(np.bincount(member.ravel(), minlength=groups.shape[1]))
-        by_group = np.split(numbers[np.argsort(member.ravel(), kind="stable")], ends)[:-1]
-        for (dataset, shard, epoch), at in zip(groups.T.tolist(), by_group, strict=True):
-            self._read_group(raw, dataset, shard, epoch, at, slots.row[at], unreachable.get((dataset, shard)))
-        names = [population.name for population in self.populations]
-        raw.counts.samples = dict(Counter(names[dataset] for dataset in slots.dataset[slots.shard >= 0].tolist()))
-        raw.counts.shards_opened = sum(population.shards.opened for population in self.populations) - opened
-        return raw
-
-    def _read_group(
-        self,
-        raw: RawBatch,
-        dataset: int,
-        shard: int,
-        epoch: int,
-        at: NDArray[np.int64],
-        places: NDArray[np.int64],
-        unreachable: str | None,
-    ) -> None:
-        """Reads the samples of one shard into their slots."""
-        population = self.populations[dataset]
-        name = population.manifest.shards[shard].name
-        rows = None
-        try:
-            if unreachable is not None:
-                raise StorageError(unreachable)
-            rows = population.rows(shard, epoch)[places]
-            index = population.index(shard)
-            present = population.present(shard, rows)
-            columns = [index.members.index(m) for m in self.members if m in index.members]
-            parts = self._read_rows(dataset, shard, rows, columns)
-        except UNREADABLE as error:
-            kind = "index" if isinstance(error, ShardError) else "open"
-            raw.faults.append(Fault(kind, population.name, name, -1, "", -1, str(error)))
-            for number, slot in enumerate(at.tolist()):
-                row = -1 if rows is None else int(rows[number])
-                raw.places[slot] = (dataset, shard, row, epoch)
-                raw.sample_ids[slot] = population.shard_ids[shard] + row if row >= 0 else -1
-            return
-        raw.sample_ids[at] = population.shard_ids[shard] + rows
-        raw.present[at] = present
-        absent = [number for number, m in enumerate(self.members) if m not in index.members]
-        for slot, row, found in zip(at.tolist(), rows.tolist(), parts, strict=True):
-            raw.places[slot] = (dataset, shard, row, epoch)
-            if isinstance(found, BadMember):
-                raw.faults.append(
-                    Fault(found.kind, population.name, name, row, found.member, found.offset, found.reason)
-                )
+        unreachable = self.holder.hold(step, self.low, self.high)
+        rows, sample_ids = np.full((2, size), -1, dtype=np.int64)
+        present = np.ones((size, len(self.readers)), dtype=bool)
+        faults: list[Fault] = []
+        to_read: list[int] = []
+        reads: list[Read] = []
+        places: list[NDArray[np.uint32]] = []
+        for dataset, shard, epoch, at in _groups(slots):
+            population = self.populations[dataset]
+            try:
+                if (dataset, shard) in unreachable:
+                    raise StorageError(unreachable[dataset, shard])
+                found = population.rows(shard, epoch)[slots.row[at]]
+                rows[at], sample_ids[at] = found, population.shard_ids[shard] + found
+                index = population.index(shard)
+                read = population.shards.read(shard)
+            except UNREADABLE as error:
+                kind = "index" if isinstance(error, ShardError) else "open"
+                name = population.manifest.shards[shard].name
+                faults.append(Fault(kind, population.name, name, -1, "", -1, str(error)))
                 continue
-            for number in absent:
-                found.insert(number, b"")
-            raw.samples[slot] = found
-            raw.counts.bytes += sum(map(len, found))
+            if not population.complete(shard):
+                present[at] = population.present(shard, found)
+            places.append(self._places(index, found))
+            to_read += at.tolist()
+            reads += [read] * len(at)
+        names = [population.name for population in self.populations]
+        spans = Spans.of(np.concatenate(places or [self._no_places(0)]), self.members)
+        counts = ReadCounts(
+            bytes=sum(spans.lengths),
+            shards_opened=sum(population.shards.opened for population in self.populations) - opened,
+            samples=dict(Counter(names[dataset] for dataset in slots.dataset[slots.shard >= 0].tolist())),
+        )
+        return RawBatch(slots, rows, sample_ids, present, faults, counts, to_read, reads, spans)
 
-    def _read_rows(
-        self, dataset: int, shard: int, rows: NDArray[np.int64], columns: list[int]
-    ) -> list[list[bytes] | BadMember]:
-        """`read_rows`; what a cache gives wrongly is fetched again once, and a disk's error spoils no other row."""
-        population = self.populations[dataset]
-        index, shards = population.index(shard), population.shards
-        again = isinstance(shards, CachedShards)
+    def _no_places(self, number: int) -> NDArray[np.uint32]:
+        return np.full((number, 3, len(self.members)), ABSENT, dtype=np.uint32)
+
+    def _places(self, index: ShardIndex, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """(n, 3, F): of the members that are wanted, among those that the shard has."""
+        if index.members == self.members:
+            return index.places[rows]
+        places = self._no_places(len(rows))
+        for number, member in enumerate(self.members):
+            if member in index.members:
+                places[:, :, number] = index.places[rows, :, index.members.index(member)]
+        return places
+
+    def read(self, raw: RawBatch) -> Iterator[tuple[int, list[bytes]]]:
+        """(slot, the bytes of each of `members`) of all samples that can be read, one after the other: the other ones
+        are told in `faults`. An absent member is b""."""
+        for number, (slot, read) in enumerate(zip(raw.to_read, raw.reads, strict=True)):
+            parts = raw.spans.read(number, read)
+            if isinstance(parts, BadMember):
+                parts = self._read_again(raw, number, parts)
+                if isinstance(parts, BadMember):
+                    raw.faults.append(self._fault(raw, slot, parts))
+                    continue
+            yield slot, parts
+
+    def _read_again(self, raw: RawBatch, number: int, why: BadMember) -> list[bytes] | BadMember:
+        """What a cache gives wrongly is fetched again, once."""
+        slot = raw.to_read[number]
+        dataset, shard = int(raw.slots.dataset[slot]), int(raw.slots.shard[slot])
+        shards = self.populations[dataset].shards
+        if not isinstance(shards, CachedShards):
+            return why
+        shards.forget(shard)
+        unreachable = self.holder.hold_again()
+        if (dataset, shard) in unreachable:
+            return why._replace(kind="open", reason=unreachable[dataset, shard])
         read = shards.read(shard)
-        try:
-            parts = read_rows(read, index, rows, columns)
-            again = again and any(isinstance(part, BadMember) for part in parts)
-        except OSError:
-            if not again and len(rows) > 1:
-                return [self._read_rows(dataset, shard, rows[i : i + 1], columns)[0] for i in range(len(rows))]
-            if not again:
-                offset = int(index.row_starts[rows[0]])
-                return [BadMember("open", "", offset, "the disk gives an error for these bytes")]
-        if again:
-            assert isinstance(shards, CachedShards)
-            shards.forget(shard)
-            reasons = self.holder.hold_again()
-            if (dataset, shard) in reasons:
-                raise StorageError(reasons[dataset, shard])
-            parts = read_rows(shards.read(shard), index, rows, columns)
-        return parts
+        for other in range(number, len(raw.to_read)):
+            if raw.reads[other] is raw.reads[number]:
+                raw.reads[other] = read
+        return raw.spans.read(number, read)
+
+    def _fault(self, raw: RawBatch, slot: int, why: BadMember) -> Fault:
+        population = self.populations[int(raw.slots.dataset[slot])]
+        name = population.manifest.shards[int(raw.slots.shard[slot])].name
+        return Fault(why.kind, population.name, name, int(raw.rows[slot]), why.member, why.offset, why.reason)
 
     # -- tensors -------------------------------------------------------------------------------------------------
 
     def __getitem__(self, step: int) -> Batch:
-        raw = self.raw(step)
-        samples: list[list[torch.Tensor] | None] = []
-        labels: list[str] = []
-        for slot, parts in enumerate(raw.samples):
-            tensors, label = None, ""
-            if parts is not None:
-                try:
-                    tensors, label = self._decode(raw, slot, parts)
-                except _Undecodable as error:
-                    dataset, shard, row, _ = raw.places[slot]
-                    population = self.populations[dataset]
-                    name = population.manifest.shards[shard].name
-                    offset = _offset_of(population, shard, row, error.member)
-                    raw.faults.append(Fault("decode", population.name, name, row, error.member, offset, str(error)))
-            samples.append(tensors)
-            labels.append(label)
+        raw, size = self.locate(step), self.high - self.low
+        samples: list[list[torch.Tensor] | None] = [None] * size
+        labels = [""] * size
+        for slot, parts in self.read(raw):
+            try:
+                samples[slot], labels[slot] = self._decode(raw, slot, parts)
+            except _Undecodable as error:
+                why = BadMember("decode", error.member, self._offset(raw, slot, error.member), str(error))
+                raw.faults.append(self._fault(raw, slot, why))
         filled = [sample if sample is not None else self.examples for sample in samples]
         inputs = {
             reader.name: collate([tensors[m] for tensors in filled], reader.variable_length)
@@ -267,9 +276,14 @@ class StepDataset(Dataset[Batch]):
             raw.counts,
         )
 
+    def _offset(self, raw: RawBatch, slot: int, member: str) -> int:
+        """Of a member's data in its shard."""
+        index = self.populations[int(raw.slots.dataset[slot])].index(int(raw.slots.shard[slot]))
+        return int(index.block_offsets[raw.rows[slot], index.members.index(member)]) * BLOCK
+
     def _decode(self, raw: RawBatch, slot: int, parts: list[bytes]) -> tuple[list[torch.Tensor], str]:
         """The tensors and the label of one sample: zeros in the place of a modality that it lacks."""
-        sample_id, epoch = int(raw.sample_ids[slot]), raw.places[slot][3]
+        sample_id, epoch = int(raw.sample_ids[slot]), int(raw.slots.epoch[slot])
         data = dict(zip(self.members, parts, strict=True))
         rng = np.random.Generator(philox("augment", self.seed, epoch, sample_id)) if self.train else None
         tensors = []
@@ -348,11 +362,6 @@ class _Undecodable(ValueError):
     def __init__(self, member: str, reason: str) -> None:
         super().__init__(reason)
         self.member = member
-
-
-def _offset_of(population: Population, shard: int, row: int, member: str) -> int:
-    index = population.index(shard)
-    return int(index.block_offsets[row, index.members.index(member)]) * BLOCK if member in index.members else -1
 
 
 def _most_common(reader: _Reader, examples: list[torch.Tensor]) -> torch.Tensor:

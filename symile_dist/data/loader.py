@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from symile_dist.config import Config
 from symile_dist.data.batches import StepDataset
 from symile_dist.data.cache import ShardCache
+from symile_dist.data.handover import Parcel, pack, unpack
 from symile_dist.data.index import ShardError
 from symile_dist.data.order import LaneStream, LanesWindowsOrder, SequentialOrder, choose_lanes
 from symile_dist.data.population import Population
@@ -57,6 +58,16 @@ def _process_context() -> multiprocessing.context.ForkServerContext:
     return context
 
 
+class _Packed(Dataset[Parcel]):
+    """What loader processes hand over."""
+
+    def __init__(self, dataset: StepDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, step: int) -> Parcel:
+        return pack(self.dataset[step])
+
+
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
@@ -70,12 +81,12 @@ class Loader:
         self._stale_from: int | None = None
         self._iterator: Any = None
 
-    def _batches(self) -> DataLoader[Batch]:
-        """From the next step on, with the population as it is known now."""
+    def _batches(self) -> DataLoader[Any]:
+        """From the next step on, with the population as it is known now: a `Batch`, or a `Parcel` from a process."""
         data = self.config.data
         processes = data.loader_processes if self.stop_step > self.consumed else 0
         return DataLoader(
-            self.dataset,
+            _Packed(self.dataset) if processes else self.dataset,
             batch_size=None,
             sampler=_Steps(self.consumed, self.stop_step),
             num_workers=processes,
@@ -97,7 +108,7 @@ class Loader:
                     self._stale_from = None
                     break
                 self.consumed += 1
-                yield batch
+                yield unpack(batch) if isinstance(batch, Parcel) else batch
         self._iterator = None
 
     def fetch_counters(self) -> dict[str, int]:

@@ -87,11 +87,12 @@ class _Generation(NamedTuple):
 
 
 class _Window(NamedTuple):
+    epoch: int
     start: int
-    """First offset of the window in the lane's share of the epoch."""
+    """The lane offset of its first sample."""
     shards: Int64Array
-    first_rows: Int64Array
-    """Per shard, the first row that the lane reads of it."""
+    shifts: Int64Array
+    """Per shard, what to add to a sample's place in the window to have its row."""
     ends: Int64Array
     """Per shard, how many samples of the window it and those before it hold."""
     shuffled: NDArray[np.uint32]
@@ -111,9 +112,9 @@ class LaneStream:
     def __init__(self, shard_sizes: Sequence[int], lanes: int, window: int, key: tuple[int | str, ...]) -> None:
         self.lanes, self.window, self.key = lanes, window, key
         self._generations: list[_Generation] = []
-        self._windows: OrderedDict[tuple[int, int, int], _Window] = OrderedDict()
+        self._windows: dict[int, _Window] = {}
+        """Per lane, the one that was read last."""
         self._epochs: OrderedDict[int, tuple[Int64Array, Int64Array]] = OrderedDict()
-        self.windows_kept = 2 * lanes
         self.set_population(0, shard_sizes)
 
     @property
@@ -209,38 +210,39 @@ class LaneStream:
         first = first_shard + number * self.window
         return number, range(first, min(first + self.window, len(order))), begin, end
 
-    def _window_at(self, epoch: int, lane: int, offset: int) -> _Window:
-        number, places, begin, end = self._window_bounds(epoch, lane, offset)
-        key = (epoch, lane, number)
-        if key in self._windows:
-            self._windows.move_to_end(key)
-            return self._windows[key]
+    def _window_of(self, lane: int, offset: int) -> _Window:
+        """The window at a lane offset. Most steps go on in the lane's window of the step before."""
+        window = self._windows.get(lane)
+        if window is None or not 0 <= offset - window.start < len(window.shuffled):
+            window = self._windows[lane] = self._make_window(lane, offset)
+        return window
+
+    def _make_window(self, lane: int, offset: int) -> _Window:
+        epoch, within = self.epoch_of(lane, offset)
+        number, places, begin, end = self._window_bounds(epoch, lane, within)
         order, starts = self._epoch_shards(epoch)
         low = np.maximum(begin, starts[places.start : places.stop])
         high = np.minimum(end, starts[places.start + 1 : places.stop + 1])
         some = high > low
         ends = np.cumsum((high - low)[some])
-        window = _Window(
-            int(low[0]) - begin,
+        first_rows = (low - starts[places.start : places.stop])[some]
+        return _Window(
+            epoch,
+            offset - within + int(low[0]) - begin,
             order[places.start : places.stop][some],
-            (low - starts[places.start : places.stop])[some],
+            first_rows - np.append(0, ends[:-1]),
             ends,
             permutation(int(ends[-1]), "window", *self.key, epoch, lane, number).astype(np.uint32),
         )
-        self._windows[key] = window
-        while len(self._windows) > self.windows_kept:
-            self._windows.popitem(last=False)
-        return window
 
     def run(self, lane: int, offset: int, count: int) -> Iterator[tuple[Int64Array, Int64Array, int]]:
         """`count` consecutive samples of a lane: (shards, rows, epoch) of one window after the other."""
         while count:
-            epoch, within = self.epoch_of(lane, offset)
-            window = self._window_at(epoch, lane, within)
-            picked = window.shuffled[within - window.start : within - window.start + count].astype(np.int64)
+            window = self._window_of(lane, offset)
+            begin = offset - window.start
+            picked = window.shuffled[begin : begin + count].astype(np.int64)
             which = np.searchsorted(window.ends, picked, side="right")
-            before = np.concatenate([[0], window.ends[:-1]])
-            yield window.shards[which], window.first_rows[which] + picked - before[which], epoch
+            yield window.shards[which], window.shifts[which] + picked, window.epoch
             offset, count = offset + len(picked), count - len(picked)
 
     def stretches(self, lane: int, offset: int, count: int) -> Iterator[tuple[list[tuple[int, int, int, int]], int]]:

@@ -85,7 +85,6 @@ class Population:
         self._uniform = [all(used for _, used in patterns) for patterns in accepted]
         wanted = sum(1 << number for number, m in enumerate(self.manifest.members) if m in self.requirement.members)
         self._complete = [all(mask & wanted == wanted for mask, _ in entry.presence) for entry in self.manifest.shards]
-        """Per shard, whether every sample has every modality."""
         if not sum(self.base_sizes):
             raise ShardError(f"{self.manifest.url}: none of the {self.manifest.samples} samples has {self.requirement}")
 
@@ -173,12 +172,13 @@ class Population:
         ]
         return np.stack(columns, axis=1)
 
+    def complete(self, shard: int) -> bool:
+        """Whether every sample of a shard comes with every modality."""
+        return self._complete[shard] and self._withheld is None
+
     def present(self, shard: int, rows: Int64Array) -> BoolArray:
         """(len(rows), M): what is there, less what is withheld for the experiment. A sample always lacks the same."""
-        if self._complete[shard]:
-            present = np.ones((len(rows), len(self.requirement.members)), dtype=bool)
-        else:
-            present = self.native(shard)[rows]
+        present = self.native(shard)[rows]
         if self._withheld is None:
             return present
         entry = self.manifest.shards[shard]

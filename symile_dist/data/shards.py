@@ -5,42 +5,25 @@ Both give the same: the bytes of an index, and a `read(length, offset)` per shar
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections import OrderedDict
-from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from symile_dist.config import StorageConfig
 from symile_dist.data.cache import Piece, Segment, ShardCache
-from symile_dist.data.index import Read
 from symile_dist.data.manifest import MANIFEST, Manifest, parse_manifest, read_manifest
+from symile_dist.data.spans import OpenFile, Read
 from symile_dist.storage import Folder
 
 OPEN_FILES = 512
 """Descriptors that a process keeps: a descriptor costs little, opening one per sample would cost as much as reading."""
 
 
-class Shards(Protocol):
-    """The shards of one folder."""
-
-    manifest: Manifest
-    opened: int
-    """How many shard files this process has opened."""
-
-    def index(self, shard: int) -> bytes:
-        """The bytes of a shard's index. Raises FileNotFoundError or StorageError."""
-
-    def read(self, shard: int) -> Read:
-        """Raises FileNotFoundError, OSError or StorageError when the shard cannot be opened."""
-
-
-class _Descriptors:
-    """Open files by path, the least recently used ones closed; none of them travels to another process."""
+class _OpenFiles:
+    """Open files by path, the least recently used ones let go; none of them travels to another process."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[str, int] = OrderedDict()
+        self._open: OrderedDict[str, OpenFile] = OrderedDict()
         self.opened = 0
 
     def __getstate__(self) -> dict[str, int]:
@@ -49,22 +32,17 @@ class _Descriptors:
     def __setstate__(self, state: dict[str, int]) -> None:
         self._open, self.opened = OrderedDict(), 0
 
-    def get(self, path: str) -> int:
+    def get(self, path: str) -> OpenFile:
         if path not in self._open:
-            self._open[path] = os.open(path, os.O_RDONLY)
+            self._open[path] = OpenFile(path)
             self.opened += 1
             while len(self._open) > OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
+                self._open.popitem(last=False)
         self._open.move_to_end(path)
         return self._open[path]
 
-    def close_all(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def __del__(self) -> None:
-        if hasattr(self, "_open"):
-            self.close_all()
+    def clear(self) -> None:
+        self._open.clear()
 
 
 class LocalShards:
@@ -73,17 +51,19 @@ class LocalShards:
     def __init__(self, manifest: Manifest, folder: Folder) -> None:
         assert folder.path is not None
         self.manifest, self.folder = manifest, folder.path
-        self._files = _Descriptors()
+        self._files = _OpenFiles()
+        self._paths = [str(folder.path / shard.name) for shard in manifest.shards]
 
     @property
     def opened(self) -> int:
         return self._files.opened
 
     def index(self, shard: int) -> bytes:
-        return (self.folder / f"{self.manifest.shards[shard].name}.idx").read_bytes()
+        return Path(f"{self._paths[shard]}.idx").read_bytes()
 
     def read(self, shard: int) -> Read:
-        return partial(os.pread, self._files.get(str(self.folder / self.manifest.shards[shard].name)))
+        """Raises OSError when the shard cannot be opened."""
+        return self._files.get(self._paths[shard]).read
 
 
 class CachedShards:
@@ -91,7 +71,7 @@ class CachedShards:
 
     def __init__(self, manifest: Manifest, folder: Folder, cache: ShardCache) -> None:
         self.manifest, self.folder, self.cache = manifest, folder, cache
-        self._files = _Descriptors()
+        self._files = _OpenFiles()
         self._segments: dict[int, list[Segment]] = {}
 
     @property
@@ -117,7 +97,7 @@ class CachedShards:
     def held(self) -> None:
         """What is held has changed. An open descriptor would keep the disk space of a file that is evicted."""
         self._segments.clear()
-        self._files.close_all()
+        self._files.clear()
 
     def read(self, shard: int) -> Read:
         if shard not in self._segments:
@@ -128,7 +108,7 @@ class CachedShards:
         def read(length: int, offset: int) -> bytes:
             # Ranges are cut between samples: what is read of one lies in one segment.
             segment = segments[bisect_right(starts, offset) - 1]
-            return os.pread(self._files.get(segment.path), length, offset - segment.start)
+            return self._files.get(segment.path).read(length, offset - segment.start)
 
         return read
 
@@ -146,4 +126,4 @@ def open_folder(url: str, storage: StorageConfig, cache: ShardCache) -> LocalSha
     return CachedShards(manifest, folder, cache)
 
 
-__all__ = ["CachedShards", "LocalShards", "Shards", "open_folder"]
+__all__ = ["CachedShards", "LocalShards", "open_folder"]

@@ -29,7 +29,9 @@ class ImageTransform:
     """uint8 image -> float32 (C, H, W), scaled to [0, 1], then (x - mean) / std.
 
     Parameters:
-        size: (H, W) to resize to (bilinear), or None to keep the size, which must then be the same for all images.
+        size: (H, W) to resize to, or None to keep the size, which must then be the same for all images.
+        crop: keep the proportions: resize so that the image covers `size`, and take the middle.
+        resample: `bilinear` or `bicubic`. CLIP's own preparation is size [224, 224], crop, bicubic.
         mean, std: one number, or one per channel.
         shift: augmentation, moves the image by up to this many pixels in both directions; what enters is black.
         flip: augmentation, mirrors half of the images left to right.
@@ -43,6 +45,8 @@ class ImageTransform:
     def __init__(
         self,
         size: Sequence[int] | None = None,
+        crop: bool = False,
+        resample: str = "bilinear",
         mean: float | Sequence[float] = 0.0,
         std: float | Sequence[float] = 1.0,
         shift: int = 0,
@@ -51,9 +55,12 @@ class ImageTransform:
     ) -> None:
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ValueError(f"size must be (height, width), not {tuple(size)}")
+        if resample not in ("bilinear", "bicubic"):
+            raise ValueError(f"resample must be bilinear or bicubic, not '{resample}'")
         if shift < 0 or noise < 0:
             raise ValueError("shift and noise must not be negative")
         self.size = None if size is None else (int(size[0]), int(size[1]))
+        self.crop, self.resample = crop, resample
         self.mean = np.atleast_1d(np.asarray(mean, dtype=np.float32)).reshape(-1, 1, 1)
         self.std = np.atleast_1d(np.asarray(std, dtype=np.float32)).reshape(-1, 1, 1)
         if (self.std <= 0).any():
@@ -68,9 +75,7 @@ class ImageTransform:
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
             raise ValueError(f"an image is (H, W) or (H, W, C) uint8, not {image.shape} {image.dtype}")
         if self.size is not None and image.shape[:2] != self.size:
-            from PIL import Image
-
-            image = np.asarray(Image.fromarray(image).resize(self.size[::-1], Image.Resampling.BILINEAR))
+            image = self._resized(image, self.size)
         planes = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values.shape[0] not in (1, planes.shape[0]):
@@ -84,6 +89,19 @@ class ImageTransform:
         if rng is not None and self.noise:
             values += (self.noise / self.std) * rng.standard_normal(values.shape, dtype=np.float32)
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+    def _resized(self, image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+        from PIL import Image
+
+        target = size
+        if self.crop:
+            scale = max(size[0] / image.shape[0], size[1] / image.shape[1])
+            target = (max(size[0], int(image.shape[0] * scale)), max(size[1], int(image.shape[1] * scale)))
+        whole = np.asarray(
+            Image.fromarray(image).resize(target[::-1], getattr(Image.Resampling, self.resample.upper()))
+        )
+        top, left = (target[0] - size[0]) // 2, (target[1] - size[1]) // 2
+        return whole[top : top + size[0], left : left + size[1]]
 
 
 def _shifted(planes: NDArray[np.uint8], down: int, right: int) -> NDArray[np.uint8]:
@@ -164,24 +182,28 @@ class TensorTransform:
     """A numeric array -> a tensor of a floating-point or integer type.
 
     Parameters:
-        shape: what every array must have, or None for whatever comes.
+        shape: what every array must have, or None for whatever comes; None in it allows any size there.
+        variable_length: the first dimension differs from sample to sample; the shape begins with None then.
         dtype: "float32", "float64", "int64" or another type of torch.
 
     Raises ValueError for another shape, for values that are no numbers, and for NaN or infinity.
     """
 
-    variable_length: ClassVar[bool] = False
-
-    def __init__(self, shape: Sequence[int] | None = None, dtype: str = "float32") -> None:
+    def __init__(
+        self, shape: Sequence[int | None] | None = None, dtype: str = "float32", variable_length: bool = False
+    ) -> None:
         kind = getattr(torch, dtype, None)
         if not isinstance(kind, torch.dtype):
             raise ValueError(f"'{dtype}' is not a type of torch")
-        self.shape = None if shape is None else tuple(int(size) for size in shape)
+        self.shape = None if shape is None else tuple(None if size is None else int(size) for size in shape)
+        if variable_length and self.shape is not None and (not self.shape or self.shape[0] is not None):
+            raise ValueError(f"a shape of variable length begins with null, not {self.shape}")
+        self.variable_length = variable_length
         self.dtype = kind
 
     def __call__(self, decoded: NDArray[Any], rng: np.random.Generator | None) -> Tensor:
         array = np.asarray(decoded)
-        if self.shape is not None and array.shape != self.shape:
+        if self.shape is not None and not _fits(array.shape, self.shape):
             raise ValueError(f"the array has shape {array.shape}, the config says {self.shape}")
         if array.dtype.kind not in "biuf":
             raise ValueError(f"an array of {array.dtype} is not numeric")
@@ -192,3 +214,7 @@ class TensorTransform:
         if native.dtype.kind == "u" and native.dtype.itemsize > 1:
             native = native.astype(np.int64)
         return torch.from_numpy(native).to(self.dtype)
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(wanted) and all(want in (None, size) for size, want in zip(shape, wanted, strict=True))

@@ -15,17 +15,16 @@ import pytest
 
 from symile_dist.data.index import (
     BLOCK,
-    BadMember,
     ShardError,
     ShardIndex,
     build_index,
     index_path,
     read_index,
-    read_rows,
     split_name,
     write_index,
 )
 from symile_dist.data.manifest import MANIFEST, index_directory, read_manifest
+from symile_dist.data.spans import BadMember, OpenFile, read_rows
 from tests.shards import key_of, sample_members, write_shards, write_tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -43,12 +42,8 @@ def truth(shard: Path) -> dict[tuple[str, str], bytes]:
 
 
 def read_row(shard: Path, index: ShardIndex, row: int) -> list[bytes] | BadMember:
-    descriptor = os.open(shard, os.O_RDONLY)
-    try:
-        (found,) = read_rows(partial(os.pread, descriptor), index, np.array([row]), range(len(index.members)))
-        return found
-    finally:
-        os.close(descriptor)
+    (found,) = read_rows(OpenFile(str(shard)).read, index, np.array([row]), range(len(index.members)))
+    return found
 
 
 def through_index(shard: Path, index: ShardIndex, keys: list[str]) -> dict[tuple[str, str], bytes]:

@@ -204,7 +204,7 @@ def decode_first_byte(data: bytes) -> Any:
 
 
 class Steps:
-    """Batches by their number: what torch's DataLoader takes from ours, without decoding."""
+    """Batches by their number, not decoded, in one tensor each: so ours hands over what its loader processes read."""
 
     def __init__(self, dataset: Any, steps: int) -> None:
         self.dataset, self.steps = dataset, steps
@@ -212,12 +212,27 @@ class Steps:
     def __len__(self) -> int:
         return self.steps
 
-    def __iter__(self) -> Iterator[list[Sample]]:
-        return map(self.__getitem__, range(self.steps))
+    def __iter__(self) -> Iterator[list[bytes]]:
+        return (parts for step in range(self.steps) for parts in self.samples(step))
 
-    def __getitem__(self, step: int) -> list[Sample]:
-        samples: list[Sample] = self.dataset.raw(step).samples
-        return samples
+    def samples(self, step: int) -> Iterator[list[bytes]]:
+        return (parts for _, parts in self.dataset.read(self.dataset.locate(step)))
+
+    def __getitem__(self, step: int) -> tuple[Any, list[list[int]]]:
+        samples = list(self.samples(step))
+        data = bytearray(b"".join(chain.from_iterable(samples)))
+        return import_module("torch").frombuffer(data, dtype=import_module("torch").uint8), [
+            list(map(len, parts)) for parts in samples
+        ]
+
+
+def unpacked(batches: Iterable[tuple[Any, list[list[int]]]]) -> Iterator[list[bytes]]:
+    for tensor, sizes in batches:
+        data, end = memoryview(tensor.numpy()), 0
+        for image, audio, text in sizes:
+            first, second, last = end + image, end + image + audio, end + image + audio + text
+            yield [bytes(data[end:first]), bytes(data[first:second]), bytes(data[second:last])]
+            end = last
 
 
 def read_ours(spec: Spec) -> list[Iterable[Sample]]:
@@ -229,11 +244,11 @@ def read_ours(spec: Spec) -> list[Iterable[Sample]]:
     config = parse_config(CONFIG.format(**spec, steps=number, decoder=DECODER), "benchmark").config
     steps = Steps(loader.open_training(config, rank=0, start_step=0).dataset, number)
     if not spec["processes"]:
-        return [Flat(steps)]
+        return [steps]
     context = loader._process_context()
     data = import_module("torch.utils.data")
     batches = data.DataLoader(steps, batch_size=None, num_workers=spec["processes"], multiprocessing_context=context)
-    return [Flat(batches)]
+    return [unpacked(batches)]
 
 
 READERS: dict[str, Callable[[Spec], list[Iterable[Sample]]]] = {
