@@ -75,8 +75,8 @@ def _verify_shard(url: str, storage: StorageConfig, entry: ShardEntry) -> list[F
         file, spans = OpenFile(str(shard)), Spans.of(index.places, index.members)
         faults = [
             Fault(part.kind, "", entry.name, row, part.member, part.offset, part.reason)
-            for row in range(len(index))
-            if isinstance(part := spans.read(row, file.read), BadMember)
+            for row, part in enumerate(spans.read([file.read] * len(index)))
+            if isinstance(part, BadMember)
         ]
         try:
             build_index(shard, folder / entry.name)

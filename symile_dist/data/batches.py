@@ -7,7 +7,6 @@ the order never shifts and all ranks stay in step.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -188,11 +187,12 @@ class StepDataset(Dataset[Batch]):
             to_read += at.tolist()
             reads += [read] * len(at)
         names = [population.name for population in self.populations]
+        by_dataset = np.bincount(slots.dataset[slots.shard >= 0])
         spans = Spans.of(np.concatenate(places or [self._no_places(0)]), self.members)
         counts = ReadCounts(
             bytes=sum(spans.lengths),
             shards_opened=sum(population.shards.opened for population in self.populations) - opened,
-            samples=dict(Counter(names[dataset] for dataset in slots.dataset[slots.shard >= 0].tolist())),
+            samples={names[number]: count for number, count in enumerate(by_dataset.tolist()) if count},
         )
         return RawBatch(slots, rows, sample_ids, present, faults, counts, to_read, reads, spans)
 
@@ -201,25 +201,25 @@ class StepDataset(Dataset[Batch]):
 
     def _places(self, index: ShardIndex, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
         """(n, 3, F): of the members that are wanted, among those that the shard has."""
-        if index.members == self.members:
-            return index.places[rows]
-        places = self._no_places(len(rows))
-        for number, member in enumerate(self.members):
-            if member in index.members:
-                places[:, :, number] = index.places[rows, :, index.members.index(member)]
-        return places
+        places = index.places.take(rows, axis=0)
+        known = [number for number, member in enumerate(self.members) if member in index.members]
+        columns = [index.members.index(self.members[number]) for number in known]
+        if len(known) == len(self.members):
+            return places[:, :, columns]
+        found = self._no_places(len(rows))
+        found[:, :, known] = places[:, :, columns]
+        return found
 
     def read(self, raw: RawBatch) -> Iterator[tuple[int, list[bytes]]]:
         """(slot, the bytes of each of `members`) of all samples that can be read, one after the other: the other ones
         are told in `faults`. An absent member is b""."""
-        for number, (slot, read) in enumerate(zip(raw.to_read, raw.reads, strict=True)):
-            parts = raw.spans.read(number, read)
+        for number, parts in enumerate(raw.spans.read(raw.reads)):
             if isinstance(parts, BadMember):
                 parts = self._read_again(raw, number, parts)
                 if isinstance(parts, BadMember):
-                    raw.faults.append(self._fault(raw, slot, parts))
+                    raw.faults.append(self._fault(raw, raw.to_read[number], parts))
                     continue
-            yield slot, parts
+            yield raw.to_read[number], parts
 
     def _read_again(self, raw: RawBatch, number: int, why: BadMember) -> list[bytes] | BadMember:
         """What a cache gives wrongly is fetched again, once."""
@@ -236,7 +236,7 @@ class StepDataset(Dataset[Batch]):
         for other in range(number, len(raw.to_read)):
             if raw.reads[other] is raw.reads[number]:
                 raw.reads[other] = read
-        return raw.spans.read(number, read)
+        return next(raw.spans.read(raw.reads, number))
 
     def _fault(self, raw: RawBatch, slot: int, why: BadMember) -> Fault:
         population = self.populations[int(raw.slots.dataset[slot])]

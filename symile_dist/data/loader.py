@@ -257,7 +257,7 @@ def open_training(
             streams.append(LaneStream(population.sizes(0), lanes, data.window, key))
         except ValueError as error:
             raise ShardError(f"{population.manifest.url}: data.lanes: {error}") from None
-        population.indices_kept = 2 * lanes * data.window + 16
+        population.keep_indices(2 * (lanes // config.world_size + 2) * data.window + 16)  # of two windows per lane
     order = LanesWindowsOrder(streams, batch_size, [dataset.weight for dataset in data.train.values()])
     for number, population in enumerate(populations):
         for epoch in quarantine.epochs(population.name):

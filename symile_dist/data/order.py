@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -29,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from symile_dist.data.recent import Recent
 from symile_dist.seeding import permutation
 
 Int64Array = NDArray[np.int64]
@@ -114,7 +114,7 @@ class LaneStream:
         self._generations: list[_Generation] = []
         self._windows: dict[int, _Window] = {}
         """Per lane, the one that was read last."""
-        self._epochs: OrderedDict[int, tuple[Int64Array, Int64Array]] = OrderedDict()
+        self._epochs: Recent[int, tuple[Int64Array, Int64Array]] = Recent(3)
         self.set_population(0, shard_sizes)
 
     @property
@@ -189,14 +189,12 @@ class LaneStream:
 
     def _epoch_shards(self, epoch: int) -> tuple[Int64Array, Int64Array]:
         """The shards of an epoch in their order, and where each begins in the concatenation (one entry more)."""
-        if epoch not in self._epochs:
-            sizes = self._generations[self._generation_number(epoch)].sizes
-            order = permutation(len(sizes), "shards", *self.key, epoch)
-            starts = np.concatenate([[0], np.cumsum(sizes[order])]).astype(np.int64)
-            self._epochs[epoch] = (order, starts)
-            while len(self._epochs) > 3:
-                self._epochs.popitem(last=False)
-        return self._epochs[epoch]
+        return self._epochs.get(epoch, lambda: self._permute_shards(epoch))
+
+    def _permute_shards(self, epoch: int) -> tuple[Int64Array, Int64Array]:
+        sizes = self._generations[self._generation_number(epoch)].sizes
+        order = permutation(len(sizes), "shards", *self.key, epoch)
+        return order, np.concatenate([[0], np.cumsum(sizes[order])]).astype(np.int64)
 
     def _window_bounds(self, epoch: int, lane: int, offset: int) -> tuple[int, range, int, int]:
         """Of the window at an offset of the lane's share: its number, its places in the epoch's shards; the lane's

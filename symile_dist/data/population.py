@@ -5,7 +5,6 @@ Their number is known from the manifest alone. An index is read when a sample of
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from symile_dist.config import Config
 from symile_dist.data.index import ShardError, ShardIndex, parse_index
 from symile_dist.data.quarantine import WHOLE_SHARD, Quarantine
+from symile_dist.data.recent import Recent
 from symile_dist.data.shards import CachedShards, LocalShards
 from symile_dist.seeding import philox
 
@@ -51,7 +51,6 @@ class Population:
         shards: where its bytes come from.
         first_id: number of its first sample among those of all datasets.
         withhold: take modalities away as `data.missing_probability` says.
-        indices_kept: how many indices are held in memory.
 
     Raises ShardError when no sample has a modality's member, or none is used.
     """
@@ -64,7 +63,6 @@ class Population:
         quarantine: Quarantine,
         first_id: int = 0,
         withhold: bool = False,
-        indices_kept: int = 64,
     ) -> None:
         self.name, self.shards, self.quarantine = name, shards, quarantine
         self.manifest = shards.manifest
@@ -74,10 +72,10 @@ class Population:
         counts = [shard.samples for shard in self.manifest.shards]
         self.shard_ids = first_id + np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         """Number of each shard's first sample, stable over epochs, world sizes and restarts."""
-        self._seed, self.indices_kept = config.seed, indices_kept
+        self._seed = config.seed
         self._withheld = _probabilities(config) if withhold else None
-        self._indices: OrderedDict[int, ShardIndex] = OrderedDict()
-        self._rows: OrderedDict[tuple[int, frozenset[int]], Int64Array] = OrderedDict()
+        self._indices: Recent[int, ShardIndex] = Recent(64)
+        self._rows: Recent[tuple[int, frozenset[int]], Int64Array] = Recent(64)
         self._excluded: dict[int, dict[int, frozenset[int]]] = {}
         accepted = [self._accepted_patterns(number) for number in range(len(counts))]
         self.base_sizes = [sum(count for count, used in patterns if used) for patterns in accepted]
@@ -99,6 +97,10 @@ class Population:
         )
         used = self.requirement.accepts(present).tolist()
         return [(count, bool(is_used)) for (_, count), is_used in zip(entry.presence, used, strict=True)]
+
+    def keep_indices(self, number: int) -> None:
+        """How many are held in memory."""
+        self._indices.limit = self._rows.limit = number
 
     # -- per epoch -----------------------------------------------------------------------------------------------
 
@@ -129,37 +131,30 @@ class Population:
         excluded = self._excluded_in(epoch).get(shard, frozenset())
         if WHOLE_SHARD in excluded:
             return np.empty(0, dtype=np.int64)
-        key = (shard, excluded)
-        if key not in self._rows:
-            rows = np.arange(self.manifest.shards[shard].samples, dtype=np.int64)
-            if not self._uniform[shard]:
-                rows = rows[self.requirement.accepts(self.native(shard))]
-            if excluded:
-                rows = rows[~np.isin(rows, np.fromiter(excluded, dtype=np.int64))]
-            self._rows[key] = rows
-            while len(self._rows) > self.indices_kept:
-                self._rows.popitem(last=False)
-        self._rows.move_to_end(key)
-        return self._rows[key]
+        return self._rows.get((shard, excluded), lambda: self._used_rows(shard, excluded))
+
+    def _used_rows(self, shard: int, excluded: frozenset[int]) -> Int64Array:
+        rows = np.arange(self.manifest.shards[shard].samples, dtype=np.int64)
+        if not self._uniform[shard]:
+            rows = rows[self.requirement.accepts(self.native(shard))]
+        return rows[~np.isin(rows, np.fromiter(excluded, dtype=np.int64))] if excluded else rows
 
     # -- per shard -----------------------------------------------------------------------------------------------
 
     def index(self, shard: int) -> ShardIndex:
         """Raises ShardError for an index that is damaged or of another shard, FileNotFoundError or StorageError."""
-        if shard not in self._indices:
-            entry = self.manifest.shards[shard]
-            name = f"{self.manifest.url}/{entry.name}.idx"
-            index = parse_index(self.shards.index(shard), name, self.manifest.url, entry.index_sha256)
-            if len(index) != entry.samples:
-                raise ShardError(
-                    f"{name}: has {len(index)} samples, the manifest says {entry.samples}; make them with: symile-dist "
-                    f"shards index {self.manifest.url} --force"
-                )
-            self._indices[shard] = index
-            while len(self._indices) > self.indices_kept:
-                self._indices.popitem(last=False)
-        self._indices.move_to_end(shard)
-        return self._indices[shard]
+        return self._indices.get(shard, lambda: self._read_index(shard))
+
+    def _read_index(self, shard: int) -> ShardIndex:
+        entry = self.manifest.shards[shard]
+        name = f"{self.manifest.url}/{entry.name}.idx"
+        index = parse_index(self.shards.index(shard), name, self.manifest.url, entry.index_sha256)
+        if len(index) != entry.samples:
+            raise ShardError(
+                f"{name}: has {len(index)} samples, the manifest says {entry.samples}; make them with: symile-dist "
+                f"shards index {self.manifest.url} --force"
+            )
+        return index
 
     def native(self, shard: int) -> BoolArray:
         """(n, M) which modalities the samples of a shard have."""

@@ -6,12 +6,12 @@ Both give the same: the bytes of an index, and a `read(length, offset)` per shar
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import OrderedDict
 from pathlib import Path
 
 from symile_dist.config import StorageConfig
 from symile_dist.data.cache import Piece, Segment, ShardCache
 from symile_dist.data.manifest import MANIFEST, Manifest, parse_manifest, read_manifest
+from symile_dist.data.recent import Recent
 from symile_dist.data.spans import OpenFile, Read
 from symile_dist.storage import Folder
 
@@ -20,26 +20,21 @@ OPEN_FILES = 512
 
 
 class _OpenFiles:
-    """Open files by path, the least recently used ones let go; none of them travels to another process."""
+    """Open files by path; none of them travels to another process."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[str, OpenFile] = OrderedDict()
+        self._open: Recent[str, OpenFile] = Recent(OPEN_FILES)
         self.opened = 0
 
-    def __getstate__(self) -> dict[str, int]:
-        return {"opened": 0}
-
-    def __setstate__(self, state: dict[str, int]) -> None:
-        self._open, self.opened = OrderedDict(), 0
+    def __reduce__(self) -> tuple[type[_OpenFiles], tuple[()]]:
+        return (_OpenFiles, ())
 
     def get(self, path: str) -> OpenFile:
-        if path not in self._open:
-            self._open[path] = OpenFile(path)
-            self.opened += 1
-            while len(self._open) > OPEN_FILES:
-                self._open.popitem(last=False)
-        self._open.move_to_end(path)
-        return self._open[path]
+        return self._open.get(path, lambda: self._make(path))
+
+    def _make(self, path: str) -> OpenFile:
+        self.opened += 1
+        return OpenFile(path)
 
     def clear(self) -> None:
         self._open.clear()

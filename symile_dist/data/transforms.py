@@ -1,6 +1,6 @@
 """Decoded samples -> tensors: `transform(decoded, rng) -> Tensor`.
 
-`rng` is None where nothing is to be augmented (evaluation). A transform whose class says `variable_length` returns
+`rng` is None where nothing is to be augmented (evaluation). A transform that says `variable_length` returns
 tensors whose first dimension differs from sample to sample; the collate pads them into `types.Padded`.
 """
 
@@ -188,6 +188,8 @@ class TensorTransform:
 
     Raises ValueError for another shape, for values that are no numbers, and for NaN or infinity.
     """
+
+    variable_length: bool = False
 
     def __init__(
         self, shape: Sequence[int | None] | None = None, dtype: str = "float32", variable_length: bool = False

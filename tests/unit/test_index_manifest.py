@@ -7,7 +7,6 @@ import os
 import re
 import tarfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np

@@ -74,8 +74,6 @@ def test_the_same_stream_at_every_world_size_and_number_of_processes(shards: Pat
     assert set(counts) == set(range(37)) and set(counts.values()) <= {2, 3}
     for world in (1, 2, 3, 4, 6, 8):
         for processes in (0, 1, 3):
-            if processes and world in (3, 6):
-                continue  # the processes read what a rank's own process reads: half of the worlds tell it
             overrides = (f"ray.num_workers={world}", f"data.loader_processes={processes}")
             assert global_stream(make_config(shards, *two_epochs, *overrides)) == expected, (world, processes)
 
@@ -539,12 +537,13 @@ def synthetic_manifest(folder: Path, shards: int, samples: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("processes", [0, 1])
 def test_memory_stays_flat_over_a_hundred_thousand_batches(
     shards: Path, make_config: MakeConfig, processes: int
 ) -> None:
     """The slope of the resident memory of this process and its loader processes, after a warm-up."""
-    steps = 100_000 if processes == 0 else 30_000
+    steps = 100_000 if processes == 0 else 20_000
     config = make_config(shards, f"train.steps={steps}", f"data.loader_processes={processes}")
     measured: list[tuple[int, float]] = []
     for step, _ in enumerate(open_training(config, 0, 0)):

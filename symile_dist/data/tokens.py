@@ -1,0 +1,50 @@
+"""Text -> token ids, by a tokenizer of Hugging Face's."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class TokensTransform:
+    """Text -> int64 (T,): the ids of a tokenizer, its special tokens included, at most `max_length`.
+
+    Parameters:
+        model: folder that holds the tokenizer's files, or a name on the hub.
+        revision: branch, tag or commit on the hub.
+        max_length: longer texts are cut.
+
+    Raises ValueError for a tokenizer that is not there.
+    """
+
+    variable_length: ClassVar[bool] = True
+
+    def __init__(self, model: str, revision: str = "main", max_length: int = 128) -> None:
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1, not {max_length}")
+        self.model, self.revision, self.max_length = model, revision, max_length
+        self._tokenizer = self._load()
+
+    def _load(self) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.model, revision=self.revision, trust_remote_code=False)
+        except Exception as error:  # OSError for most, but also what the hub's client raises
+            words = " ".join(str(error).split())
+            raise ValueError(f"{self.model}: no tokenizer can be loaded: {type(error).__name__}: {words}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_tokenizer"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Loaded anew in a loader process: not every tokenizer can be pickled.
+        self.__dict__.update(state)
+        self._tokenizer = self._load()
+
+    def __call__(self, decoded: str, rng: np.random.Generator | None) -> Tensor:
+        ids = self._tokenizer(decoded, truncation=True, max_length=self.max_length)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
