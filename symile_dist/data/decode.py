@@ -6,7 +6,10 @@ Nothing here unpickles: a dataset may come from anywhere.
 from __future__ import annotations
 
 import io
+import math
+import struct
 import warnings
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +18,9 @@ from numpy.typing import NDArray
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow may try: its EPS reader, for one, starts Ghostscript."""
 
+
+MAX_NPY_HEADER = 10_000
+"""Bytes, as numpy itself has it."""
 
 MAX_AUDIO_VALUES = 2**28
 """Samples times channels of a clip: a GiB as float32. Some hundred bytes may declare any number."""
@@ -81,9 +87,36 @@ def decode_text(data: bytes) -> str:
 def decode_npy(data: bytes) -> NDArray[Any]:
     """A .npy file -> its array. Raises ValueError for anything else, and for arrays of Python objects."""
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
+        size = _npy_header_size(data)
+        shape, fortran, dtype = _npy_header(data[:size])
+        if dtype.hasobject:
+            raise ValueError("an array of Python objects")
+        count = math.prod(shape)
+        if size + count * dtype.itemsize > len(data):
+            raise ValueError(f"{count} values of {dtype} are declared, the file ends before them")
+        array = np.ndarray(shape, dtype, data, size, order="F" if fortran else "C")
     except Exception as error:  # a damaged header may raise almost anything (SyntaxError, TypeError, EOFError)
         raise ValueError(f"not a readable .npy array: {error}") from error
-    if not isinstance(array, np.ndarray):
-        raise ValueError("not a readable .npy array: an .npz archive, which holds several")
-    return array
+    return array.copy(order="K")
+
+
+def _npy_header_size(data: bytes) -> int:
+    if data[:6] != b"\x93NUMPY":
+        raise ValueError("it does not begin with numpy's magic number")
+    (length,) = struct.unpack_from("<H" if data[6] == 1 else "<I", data, 8)
+    size: int = length + (10 if data[6] == 1 else 12)
+    if size > min(len(data), MAX_NPY_HEADER):
+        raise ValueError(f"its header takes {size} bytes")
+    return size
+
+
+@lru_cache(maxsize=256)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """(shape, whether in Fortran's order, dtype). Arrays of one kind have the same header, and numpy takes 40
+    microseconds to read one: ten times as long as all the rest."""
+    stream = io.BytesIO(header)
+    version = np.lib.format.read_magic(stream)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"version {version} of the format: write it with names of fields in ASCII")
+    return read(stream)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import struct
 import zlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -120,6 +121,23 @@ def test_npy() -> None:
 class _Exploit:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return (pytest.fail, ("a pickle was executed",))
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f8", "<f2", "|u1", "<i8", "|b1"])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3), (4, 0, 2), (2, 3, 4)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_npy_reads_what_numpy_reads(dtype: str, shape: tuple[int, ...], order: Literal["C", "F"]) -> None:
+    array = np.asarray(np.arange(math.prod(shape)).reshape(shape).astype(dtype), order=order)
+    for version in ((1, 0), (2, 0)):
+        file = io.BytesIO()
+        np.lib.format.write_array(file, array, version=version)
+        for data in (file.getvalue(), file.getvalue() + b"more"):
+            found, expected = decode_npy(data), np.load(io.BytesIO(data))
+            assert found.dtype == expected.dtype and np.array_equal(found, expected), (version, data)
+            assert found.flags.writeable and found.flags.f_contiguous == expected.flags.f_contiguous
+        if array.nbytes:
+            with pytest.raises(ValueError, match="the file ends before them"):
+                decode_npy(file.getvalue()[:-1])
 
 
 def test_npy_never_unpickles() -> None:
