@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from symile_dist.config import Config, parse_config
 from symile_dist.data.manifest import index_directory
+from tests.s3 import Bucket, FaultProxy, new_bucket, s3_endpoint
 from tests.shards import config_text, write_shards
 
 SHARD_SIZES = (7, 5, 9, 6, 10)
@@ -31,3 +32,24 @@ def make_config() -> Callable[..., Config]:
         return parse_config(config_text(train, modalities), "test.yaml", overrides).config
 
     return make
+
+
+@pytest.fixture(scope="session")
+def endpoint() -> Iterator[str]:
+    """URL of an S3 server."""
+    with s3_endpoint() as url:
+        yield url
+
+
+@pytest.fixture
+def bucket(endpoint: str) -> Iterator[Bucket]:
+    """An empty bucket."""
+    with new_bucket(endpoint) as made:
+        yield made
+
+
+@pytest.fixture
+def proxy(bucket: Bucket) -> Iterator[FaultProxy]:
+    """A way to the bucket's server on which faults can be injected."""
+    with FaultProxy(bucket.endpoint) as made:
+        yield made

@@ -30,23 +30,11 @@ from symile_dist.config import StorageConfig
 from symile_dist.data import cache as cache_module
 from symile_dist.data.cache import Piece, ShardCache, cache_folder
 from symile_dist.errors import StorageError
-from tests.s3 import FAULTS, SECRET, Bucket, FaultProxy, at_random, new_bucket, s3_endpoint
+from tests.s3 import FAULTS, SECRET, Bucket, FaultProxy, at_random
 
 KB = 1000
 BUDGET = 1024**2
 """The least that data.storage.cache_bytes may be."""
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[Bucket]:
-    with s3_endpoint() as endpoint, new_bucket(endpoint) as bucket:
-        yield bucket
-
-
-@pytest.fixture
-def proxy(bucket: Bucket) -> Iterator[FaultProxy]:
-    with FaultProxy(bucket.endpoint) as proxy:
-        yield proxy
 
 
 class Node:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -14,24 +14,12 @@ from symile_dist.config import Config, parse_config
 from symile_dist.data.loader import TrainingLoader, open_training
 from symile_dist.data.manifest import index_directory, read_manifest
 from symile_dist.tools.shards import stats_of, verify_folder
-from tests.s3 import Bucket, FaultProxy, at_random, new_bucket, s3_endpoint
+from tests.s3 import Bucket, FaultProxy, at_random
 from tests.shards import config_text, write_shards
 
 SIZES = (40, 30, 50, 20, 60, 40, 30, 50)
 STEPS = 27
 """Of 24 samples: two epochs of the 320 and a little."""
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with s3_endpoint() as url:
-        yield url
-
-
-@pytest.fixture
-def bucket(endpoint: str) -> Iterator[Bucket]:
-    with new_bucket(endpoint) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

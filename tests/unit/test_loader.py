@@ -543,7 +543,7 @@ def test_memory_stays_flat_over_a_hundred_thousand_batches(
     shards: Path, make_config: MakeConfig, processes: int
 ) -> None:
     """The slope of the resident memory of this process and its loader processes, after a warm-up."""
-    steps = 100_000 if processes == 0 else 20_000
+    steps = 100_000 if processes == 0 else 10_000
     config = make_config(shards, f"train.steps={steps}", f"data.loader_processes={processes}")
     measured: list[tuple[int, float]] = []
     for step, _ in enumerate(open_training(config, 0, 0)):

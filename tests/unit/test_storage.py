@@ -7,7 +7,7 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,19 +15,7 @@ import pytest
 from symile_dist.config import StorageConfig
 from symile_dist.errors import StorageError
 from symile_dist.storage import Folder, backoff, error_words, failure_kind, without_secrets
-from tests.s3 import Bucket, FaultProxy, at_random, aws_environment, new_bucket, s3_endpoint
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[Bucket]:
-    with s3_endpoint() as endpoint, new_bucket(endpoint) as bucket:
-        yield bucket
-
-
-@pytest.fixture
-def proxy(bucket: Bucket) -> Iterator[FaultProxy]:
-    with FaultProxy(bucket.endpoint) as proxy:
-        yield proxy
+from tests.s3 import Bucket, FaultProxy, at_random, aws_environment
 
 
 @pytest.fixture(params=["local", "file", "memory", "s3"])
