@@ -266,6 +266,45 @@ def _shards_pack(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _shards_encode(options: argparse.Namespace) -> int:
+    from symile_dist.config import load_config
+    from symile_dist.tools.features.encode import encode
+    from symile_dist.tools.progress import progress_bar
+
+    config = load_config(options.config, options.overrides).config.with_absolute_paths()
+
+    def names(text: str | None) -> list[str] | None:
+        return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+    try:
+        with (
+            contextlib.redirect_stdout(sys.stderr),  # Ray prints there too
+            progress_bar(f"encoding into {options.out}") as progress,
+        ):
+            summary = encode(
+                config,
+                options.out,
+                shards=options.shards,
+                modalities=names(options.modalities),
+                keep=names(options.keep),
+                actors=options.actors,
+                gpus_per_actor=options.gpus_per_actor,
+                batch_size=options.batch_size,
+                dtype=options.dtype,
+                part=options.part,
+                on_error=options.on_error,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        print("interrupted; the same command again goes on from the whole shards", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if options.json:
+        _print_json(summary)
+    else:
+        print(summary["message"])
+    return EXIT_OK
+
+
 def _benchmark_objective(options: argparse.Namespace) -> int:
     from symile_dist.tools.benchmark import benchmark_objective, benchmark_tables
 
@@ -583,6 +622,40 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--key", metavar="COLUMN", help="the samples' keys (default: the row's number)")
     files.add_argument("--no-quotes", action="store_true", help="take quotes in a .csv or .tsv as they are")
     _pack_arguments(files, "files")
+
+    encode = _command(
+        shards_commands,
+        "encode",
+        _shards_encode,
+        "Run a config's encoders, frozen, over shards of raw media; write shards of features: docs/features.md",
+        "symile-dist shards encode --config m3.yaml --modalities image,audio --out m3-features/train "
+        "--actors 2 --gpus-per-actor 1",
+    )
+    encode.add_argument("--config", required=True, metavar="CONFIG", help="YAML file whose modalities are encoded")
+    encode.add_argument("overrides", metavar="key=value", nargs="*", help="overrides of the config")
+    encode.add_argument("--out", required=True, metavar="DIR", help="folder for the shards of features")
+    encode.add_argument("--shards", metavar="URL", help="folder, or s3://... and the like (default: data.train)")
+    encode.add_argument("--modalities", metavar="A,B", help="which to encode (default: all)")
+    encode.add_argument(
+        "--keep", metavar="A,B", help="members to copy as they are (default: all that belong to no encoded modality)"
+    )
+    encode.add_argument(
+        "--actors", type=int, metavar="N", help="processes that encode (default: 1, or as many as the GPUs allow)"
+    )
+    encode.add_argument(
+        "--gpus-per-actor", type=float, default=0, metavar="G", help="0 (default: on the CPU), 1, or a fraction"
+    )
+    encode.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples at once (default: 64)")
+    encode.add_argument(
+        "--dtype", choices=["float16", "float32"], default="float16", help="of the features (default: float16)"
+    )
+    encode.add_argument("--part", default="1/1", metavar="I/N", help="encode the I-th of N parts, e.g. on N machines")
+    encode.add_argument(
+        "--on-error",
+        choices=["leave-out", "stop"],
+        default="leave-out",
+        help="a member that is damaged or cannot be decoded: leave it out and tell in the end (default), or stop",
+    )
 
     benchmark = commands.add_parser("benchmark", help="Measure the objective and the reading of data against others.")
     benchmark_commands = benchmark.add_subparsers(metavar="COMMAND", required=True)

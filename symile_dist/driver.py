@@ -123,6 +123,22 @@ def start_ray(config: Config) -> None:
 
     Raises ValueError when the cluster cannot hold the run: Ray itself would wait for ever.
     """
+    need_cpus = config.ray.cpus_per_worker * config.world_size
+    need_gpus = config.ray.gpus_per_worker * config.world_size
+    there = join_ray(need_cpus)
+    for what, need in (("CPU", need_cpus), ("GPU", need_gpus)):
+        if there.get(what, 0) < need:
+            raise ValueError(
+                f"the run needs {need:g} {what}s (ray.num_workers x ray.{what.lower()}s_per_worker), the Ray cluster "
+                f"has {there.get(what, 0):g}"
+            )
+
+
+def join_ray(need_cpus: float) -> dict[str, float]:
+    """Joins the cluster that RAY_ADDRESS names, or starts a local Ray that has so many CPUs at least.
+
+    Returns the cluster's resources. Raises ValueError when the cluster does not answer.
+    """
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
@@ -133,8 +149,6 @@ def start_ray(config: Config) -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
-    need_cpus = config.ray.cpus_per_worker * config.world_size
-    need_gpus = config.ray.gpus_per_worker * config.world_size
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not ray.is_initialized():
         if address:
@@ -147,13 +161,7 @@ def start_ray(config: Config) -> None:
             # On one machine CPUs are only counted, not enforced: more ranks than cores is slow, not wrong.
             cpus = max(os.cpu_count() or 1, math.ceil(need_cpus) + 1)
             ray.init(address="local", _node_ip_address="127.0.0.1", num_cpus=cpus, include_dashboard=False, **quiet)
-    there = ray.cluster_resources()
-    for what, need in (("CPU", need_cpus), ("GPU", need_gpus)):
-        if there.get(what, 0) < need:
-            raise ValueError(
-                f"the run needs {need:g} {what}s (ray.num_workers x ray.{what.lower()}s_per_worker), the Ray cluster "
-                f"has {there.get(what, 0):g}"
-            )
+    return dict(ray.cluster_resources())
 
 
 def _check_cluster_answers(address: str) -> None:
@@ -239,7 +247,7 @@ def run(config: Config, plain: bool | None = None, console: Console | None = Non
     try:
         with watcher:
             try:
-                with _terminated_like_interrupted():
+                with terminated_like_interrupted():
                     trainer.fit()
             except (KeyboardInterrupt, SystemExit):  # Ray Train turns SIGINT into SystemExit
                 update_run(directory, status="interrupted", message="interrupted by a signal")
@@ -264,8 +272,8 @@ def run(config: Config, plain: bool | None = None, console: Console | None = Non
 
 
 @contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM, which Slurm, Kubernetes and `timeout` send, ends the run as Ctrl-C does; Ray's own handler aborts."""
+def terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, which Slurm, Kubernetes and `timeout` send, ends the work as Ctrl-C does; Ray's own handler aborts."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -26,7 +26,7 @@ def _normalization(kind: str, embedding_dim: int) -> nn.Module:
     return L2Normalize() if kind == "l2" else nn.Identity()
 
 
-def _in_precision_of(encoder: nn.Module, inputs: Inputs) -> Inputs:
+def in_precision_of(encoder: nn.Module, inputs: Inputs) -> Inputs:
     """Floating-point inputs in the precision of the encoder's weights, unless it asks for them as they are.
 
     An encoder does so by `takes_float32 = True`: a waveform in bf16, say, has lost its quiet parts before any feature
@@ -67,7 +67,7 @@ class MultimodalModel(nn.Module):
             return Outputs(representations, scale)
         representations = {}
         for name, encoder in self.encoders.items():
-            emitted = encoder(_in_precision_of(encoder, inputs[name]))
+            emitted = encoder(in_precision_of(encoder, inputs[name]))
             # A point set (WPSE) has a normalisation of its own, token by token.
             representations[name] = self.normalizations[name](emitted) if isinstance(emitted, Tensor) else emitted
         return Outputs(representations, scale)

@@ -24,6 +24,8 @@ TRANSFORMS: dict[str, str] = {
     "image": "symile_dist.data.transforms:ImageTransform",
     "waveform": "symile_dist.data.transforms:WaveformTransform",
     "characters": "symile_dist.data.transforms:CharacterTransform",
+    "tokens": "symile_dist.data.tokens:TokensTransform",
+    "whisper_features": "symile_dist.data.whisper:WhisperTransform",
     "tensor": "symile_dist.data.transforms:TensorTransform",
 }
 ENCODERS: dict[str, str] = {
@@ -31,6 +33,7 @@ ENCODERS: dict[str, str] = {
     "audio_convnet": "symile_dist.encoders.audio:AudioConvNet",
     "text_convnet": "symile_dist.encoders.text:TextConvNet",
     "mlp": "symile_dist.encoders.mlp:MLP",
+    "pretrained": "symile_dist.encoders.pretrained:PretrainedEncoder",
 }
 OBJECTIVES: dict[str, str] = {
     "symile": "symile_dist.objectives.symile:SymileObjective",

@@ -6,20 +6,37 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class _SpeedColumn(ProgressColumn):
+    """How many a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.0f}/s" if speed else "", style="progress.data.speed")
 
 
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
     """Yields `report(part, done, total)`, drawn on the terminal's standard error."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _SpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    # A large shard may take minutes: the speed is that of the last hour.
+    options = {"disable": not console.is_terminal, "transient": True, "speed_estimate_period": 3600.0}
+    with Progress(*columns, console=console, **options) as bar:  # type: ignore[arg-type]
         tasks = {}
 
         def report(part: str, done: int, total: int) -> None:
             if part not in tasks:
-                tasks[part] = bar.add_task(f"{title}: {part}", total=total)
+                tasks[part] = bar.add_task(f"{title}: {part}", total=total, completed=done)
             bar.update(tasks[part], completed=done, total=total)
 
         yield report

@@ -63,16 +63,15 @@ class WhisperTransform:
             if not self.resample:
                 raise ValueError(f"the clip has {rate} samples per second, the model takes {wanted}")
             samples = resampled(samples, rate, wanted)
-        window = int(self._extractor.n_samples)
-        # Every frame that touches the clip; what follows is silence.
-        frames = min(math.ceil((len(samples) + self._extractor.n_fft // 2) / hop), window // hop)
-        # Two frames more, whose end nothing of the clip is mirrored into.
-        length = window if not self.variable_length else min((frames + 2) * hop, window)
+        window = int(self._extractor.n_samples) // hop
+        # Every frame that touches the clip; what follows is silence, of which enough is in the last of them that
+        # nothing of the clip is mirrored at the end.
+        frames = min(math.ceil((len(samples) + self._extractor.n_fft // 2) / hop), window)
+        length = (frames if self.variable_length else window) * hop
         (features,) = self._extractor(
             samples, sampling_rate=wanted, padding="max_length", max_length=length, return_tensors="np"
         )["input_features"]
-        kept = features if not self.variable_length else features[:, :frames]
-        return torch.from_numpy(np.ascontiguousarray(kept.T, dtype=np.float32))
+        return torch.from_numpy(np.ascontiguousarray(features.T, dtype=np.float32))
 
 
 def resampled(samples: NDArray[np.float32], rate: int, wanted: int) -> NDArray[np.float32]:

@@ -37,7 +37,8 @@ from symile_dist.tools.pack.arrays import ArrayMember, ArraySource
 from symile_dist.tools.pack.files import TableSource, files_source
 from symile_dist.tools.pack.symile_m3 import csv_source, tensors_source
 from symile_dist.tools.pack.symile_mimic import mimic_source
-from symile_dist.tools.pack.writer import pack, parse_bytes, parse_part
+from symile_dist.tools.pack.writer import pack, parse_bytes
+from symile_dist.tools.shard_folder import parse_part
 
 M3_COLUMNS = ("lang", "audio_path", "audio_filename", "cls", "image_path", "cls_id", "target_text", "text")
 SAMPLES = 23

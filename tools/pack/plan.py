@@ -6,11 +6,8 @@ that other parts and later runs need not look at every file again. From both fol
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +18,15 @@ from numpy.typing import NDArray
 
 from symile_dist.data.index import index_path
 from symile_dist.seeding import permutation
-from symile_dist.storage import read_json, sync_directory, write_atomic
+from symile_dist.storage import write_atomic
 from symile_dist.tools.pack.source import Progress, Source, Survey
+from symile_dist.tools.shard_folder import (
+    compare_parameters,
+    damaged_plan,
+    read_plan,
+    refuse_strangers,
+    write_new,
+)
 
 VERSION = 1
 """Raised whenever the same parameters would give other bytes."""
@@ -30,7 +34,6 @@ PLAN, SIZES, LOCK = "pack.json", "pack.npy", ".pack.lock"
 
 _TAR_RECORD = 10240
 """Bytes: a tar file ends with two blocks of zeros, then zeros up to a whole record."""
-_LEFTOVER = re.compile(r"\..+\.tmp")
 
 
 class Shard(NamedTuple):
@@ -93,7 +96,7 @@ def make_plan(
     parameters = json.loads(json.dumps(parameters))  # as it is read back
     present = _read_plan(folder)
     if present is not None:
-        _compare(folder, present["parameters"], parameters)
+        compare_parameters(folder, present["parameters"], parameters)
     survey = None if present is None else _read_sizes(folder, present)
     if survey is None:
         survey = source.survey(progress)
@@ -102,10 +105,10 @@ def make_plan(
         folder.mkdir(parents=True, exist_ok=True)
         ours = {"parameters": parameters, "survey": _counts(survey), "sha256": _digest(survey)}
         if present is None:
-            _write_new(folder / PLAN, (json.dumps(ours, indent=2) + "\n").encode())
+            write_new(folder / PLAN, (json.dumps(ours, indent=2) + "\n").encode())
         # Another part may have been first: then its plan holds.
         present = _read_plan(folder) or ours
-        _compare(folder, present["parameters"], parameters)
+        compare_parameters(folder, present["parameters"], parameters)
         if present["sha256"] != ours["sha256"]:
             raise ValueError(
                 f"{folder}: its plan was made when other source files were there; restore them, or pack into another "
@@ -119,19 +122,7 @@ def make_plan(
 
 def check_folder(plan: Plan) -> None:
     """Raises ValueError for shards in the folder that the plan does not know: the manifest would list them."""
-    known = {shard.name for shard in plan.shards}
-    strange = sorted(path.name for path in plan.folder.glob("*.tar") if path.name not in known)
-    if strange:
-        raise ValueError(f"{plan.folder}: holds {strange[0]}, which is not of this dataset; move it elsewhere")
-
-
-def leftovers(folder: Path, shards: tuple[Shard, ...] | None = None) -> list[Path]:
-    """Temporary files; with `shards`, only those of these shards and of their indices."""
-    names = None if shards is None else {shard.name for shard in shards}
-    found = [path for path in folder.iterdir() if _LEFTOVER.fullmatch(path.name)]
-    if names is None:
-        return found
-    return [path for path in found if path.name[1:].partition(".tar")[0] + ".tar" in names]
+    refuse_strangers(plan.folder, {shard.name for shard in plan.shards})
 
 
 def _shards(tar_bytes: NDArray[np.int64], shard_bytes: int, max_samples: int | None) -> Iterator[Shard]:
@@ -150,38 +141,15 @@ def _shards(tar_bytes: NDArray[np.int64], shard_bytes: int, max_samples: int | N
 
 def _read_plan(folder: Path) -> dict[str, Any] | None:
     """What stands in pack.json; None for an empty folder or none. Raises ValueError for anything else."""
-    if not folder.exists():
-        return None
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: is not a folder")
-    remedy = "name another folder, or remove it first"
-    if not (folder / PLAN).exists():
-        strange = sorted(path.name for path in folder.iterdir() if not _LEFTOVER.fullmatch(path.name))
-        if strange:
-            raise ValueError(f"{folder}: holds something that is not of this command ({strange[0]}); {remedy}")
+    content = read_plan(folder, PLAN)
+    if content is None:
         return None
     try:
-        content = read_json(folder / PLAN)
         nothing = np.zeros(0, np.int64)
         _ = content["parameters"]["version"], content["sha256"], Survey(nothing, nothing, **content["survey"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / PLAN}: damaged or not of this command ({error}); {remedy}") from None
+        raise damaged_plan(folder / PLAN, error) from None
     return dict(content)
-
-
-def _compare(folder: Path, present: dict[str, Any], wanted: dict[str, Any]) -> None:
-    if present == wanted:
-        return
-    different = sorted(name for name in {*present, *wanted} if present.get(name) != wanted.get(name))
-    told = "; ".join(f"{name}: there {_short(present.get(name))}, now {_short(wanted.get(name))}" for name in different)
-    raise ValueError(
-        f"{folder}: holds shards of other inputs or options ({told}); name another folder, or remove it first"
-    )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _counts(survey: Survey) -> dict[str, Any]:
@@ -207,22 +175,3 @@ def _read_sizes(folder: Path, plan: dict[str, Any]) -> Survey | None:
         return None
     survey = Survey(table[0], table[1, :-1], **plan["survey"])
     return survey if _digest(survey) == plan["sha256"] else None
-
-
-def _write_new(path: Path, content: bytes) -> None:
-    """Writes a file, whole, unless it is there: of several parts that begin at once one wins."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, path)
-        except OSError:  # a file system without hard links
-            if not path.exists():
-                os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)

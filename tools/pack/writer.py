@@ -1,15 +1,10 @@
-"""Writes the shards of a plan, in parts and processes; whatever was whole before a kill is kept.
-
-A shard gets its name only once it is whole and on the disk; until then it is a hidden file, which the next run removes.
-"""
+"""Writes the shards of a plan, in parts and processes; whatever was whole before a kill is kept."""
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import threading
 import time
@@ -26,8 +21,9 @@ from symile_dist.data.index import write_index
 from symile_dist.data.manifest import index_directory
 from symile_dist.errors import RunFailed
 from symile_dist.storage import write_atomic
-from symile_dist.tools.pack.plan import LOCK, Plan, Shard, check_folder, leftovers, make_plan
+from symile_dist.tools.pack.plan import LOCK, Plan, Shard, check_folder, make_plan
 from symile_dist.tools.pack.source import Progress, Row, Source, tar_bytes
+from symile_dist.tools.shard_folder import check_space, parse_part, tidy, work_in
 
 SHARD_BYTES = 256_000_000
 """Some seconds of reading; small enough that an epoch's shuffle has many of them."""
@@ -81,12 +77,9 @@ def pack(
     check_folder(plan)
     share = plan.shards[mine - 1 :: parts]
     with open(plan.folder / LOCK, "ab") as lock:
-        if _lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            for path in leftovers(plan.folder, share):
-                path.unlink(missing_ok=True)
-        _lock(lock, fcntl.LOCK_SH)
+        work_in(plan.folder, lock, {shard.name for shard in share})
         todo = [shard for shard in share if not plan.is_complete(shard)]
-        _check_space(plan.folder, sum(shard.bytes for shard in todo))
+        check_space(plan.folder, sum(shard.bytes for shard in todo))
         total = sum(shard.last - shard.first for shard in share)
         done = total - sum(shard.last - shard.first for shard in todo)
         report("samples", done, total)
@@ -99,9 +92,7 @@ def pack(
             check_folder(plan)
             manifest = index_directory(plan.folder, progress=lambda done, total: report("manifest", done, total))
             summary["digest"] = manifest.digest
-            if _lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                for path in leftovers(plan.folder):
-                    path.unlink(missing_ok=True)
+            tidy(plan.folder, lock)
     summary.update(written=len(todo), seconds=time.monotonic() - started)
     return {**summary, "message": _message(summary)}
 
@@ -112,34 +103,6 @@ def parse_bytes(size: int | str) -> int:
     if found is None or found[2].upper() not in _UNITS or float(found[1]) * _UNITS[found[2].upper()] < 1:
         raise ValueError(f"'{size}' is no size; write bytes, or such as 256MB, 1GB or 512MiB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def parse_part(part: str) -> tuple[int, int]:
-    """ "2/3" -> (2, 3). Raises ValueError for anything but i/n with 1 <= i <= n."""
-    found = re.fullmatch(r"(\d+)/(\d+)", part)
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise ValueError(f"'{part}' is no part; write i/n, e.g. 1/4 to 4/4 for four machines")
-    return int(found[1]), int(found[2])
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    """Raises ValueError where the disk is too small: better now than after hours."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(f"{folder}: {needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free")
-
-
-def _lock(file: BinaryIO, kind: int) -> bool:
-    """Takes a lock, or changes the one held; False where others hold it, or the file system has no locks.
-
-    Whoever works in the folder holds a shared lock; who gets the exclusive one is alone, and may take temporary files
-    for dead. The lock is the kernel's, so that of a killed process is gone with it.
-    """
-    try:
-        fcntl.flock(file, kind)
-    except OSError:
-        return False
-    return True
 
 
 def _write_all(source: Source, plan: Plan, shards: list[Shard], processes: int) -> Iterator[Shard]:

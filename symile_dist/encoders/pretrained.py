@@ -1,0 +1,175 @@
+"""Hugging Face models as encoders: images, token ids or Whisper's features -> one vector per sample."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from symile_dist.types import Inputs, Padded
+
+Pooling = Literal["pooler", "cls", "mean", "none"]
+_PARTS = {"vision": "vision_model", "text": "text_model", "encoder": "encoder"}
+
+
+class PretrainedEncoder(nn.Module):
+    """A model of Hugging Face's transformers, its output pooled, then mapped to the embedding.
+
+    Takes what its model takes: images (n, C, H, W) from the transform `image`, token ids from `tokens`, log-mel frames
+    from `whisper_features`. Weights are read from safetensors only: nothing is unpickled, and no code that a model
+    brings along is run.
+
+    Parameters:
+        model: folder that `save_pretrained` wrote, or a name on the hub (which is asked where it is not cached).
+        revision: branch, tag or commit on the hub: a commit keeps the weights what they are.
+        part: of a model of several parts the one that encodes: `vision` or `text` of CLIP, `encoder` of Whisper.
+        pooling: `pooler` (the model's own), `cls` (the first position), `mean` (over the positions that hold data), or
+            `none` (all positions: for `symile-dist shards encode` alone).
+        projection: a linear map to the embedding; without it the output has the model's own width.
+        frozen: the model's weights stay as they are, in evaluation mode, and only the projection is trained.
+
+    Raises ValueError for a model that is not there, lacks weights, or does not go with the options.
+    """
+
+    loads_weights: ClassVar[bool] = True
+    """Its weights are trained ones: `symile-dist shards encode` need not warn."""
+    model: Any
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        model: str,
+        revision: str = "main",
+        part: Literal["vision", "text", "encoder"] | None = None,
+        pooling: Pooling = "mean",
+        projection: bool = True,
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        if pooling not in ("pooler", "cls", "mean", "none"):
+            raise ValueError(f"pooling must be pooler, cls, mean or none, not '{pooling}'")
+        if pooling == "none" and projection:
+            raise ValueError("pooling=none emits sequences: set projection=false (for `symile-dist shards encode`)")
+        if part is not None and part not in _PARTS:
+            raise ValueError(f"part must be vision, text or encoder, not '{part}'")
+        self.pooling, self.frozen = pooling, frozen
+        self.model = _load(model, revision, part, pooling)
+        self.input = str(self.model.main_input_name)
+        if self.input not in ("pixel_values", "input_ids", "input_features"):
+            raise ValueError(f"{model}: takes '{self.input}': only images, token ids and Whisper's features are known")
+        width = int(self.model.config.hidden_size)
+        self.projection = nn.Linear(width, embedding_dim) if projection else nn.Identity()
+        if frozen:
+            self.model.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.frozen:
+            self.model.eval()
+        return self
+
+    def forward(self, inputs: Inputs) -> Tensor | Padded:
+        """Images (n, C, H, W), or `Padded` ids (n, T) or frames (n, T, mels) -> (n, embedding_dim).
+
+        Without projection (n, width); without pooling also all positions, (n, T, width), `Padded` where the inputs are.
+        Raises TypeError for inputs that the model does not take.
+        """
+        with torch.no_grad() if self.frozen else nullcontext():
+            features = self._features(inputs)
+        if isinstance(features, Padded):
+            return features
+        projected: Tensor = self.projection(features)
+        return projected
+
+    def _features(self, inputs: Inputs) -> Tensor | Padded:
+        arguments, lengths = self._arguments(inputs)
+        output = self.model(**arguments)
+        if self.pooling == "pooler":
+            pooled = getattr(output, "pooler_output", None)
+            if pooled is None:
+                raise ValueError(f"{type(self.model).__name__} has no pooler: choose pooling=cls or mean")
+            return pooled
+        hidden: Tensor = output.last_hidden_state
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        if lengths is None:
+            return hidden if self.pooling == "none" else hidden.float().mean(1).to(hidden.dtype)
+        if self.pooling == "none":
+            return Padded(hidden, lengths)
+        mask = torch.arange(hidden.shape[1], device=hidden.device)[None, :] < lengths[:, None]
+        total = (hidden.float() * mask[:, :, None]).sum(1)
+        return (total / lengths.clamp(min=1)[:, None]).to(hidden.dtype)
+
+    def _arguments(self, inputs: Inputs) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What the model is called with, and the true lengths of its output; None where every position holds data."""
+        if self.input == "pixel_values":
+            if isinstance(inputs, Padded):
+                raise TypeError("PretrainedEncoder: the model takes images of one size (a tensor), not sequences")
+            return {"pixel_values": inputs}, None
+        if self.input == "input_ids":
+            if not isinstance(inputs, Padded) or inputs.values.is_floating_point():
+                raise TypeError(
+                    "PretrainedEncoder: the model takes token ids (types.Padded): use the transform `tokens`"
+                )
+            mask = inputs.mask()
+            padding = self.model.config.pad_token_id
+            ids = inputs.values.masked_fill(~mask, 0 if padding is None else padding)
+            return {"input_ids": ids, "attention_mask": mask.long()}, inputs.lengths
+        frames = 2 * int(self.model.config.max_source_positions)
+        if not isinstance(inputs, Padded):
+            return {"input_features": inputs.transpose(1, 2)}, None
+        return {"input_features": _whole_window(inputs, frames)}, (inputs.lengths + 1) // 2
+
+
+def _whole_window(inputs: Padded, frames: int) -> Tensor:
+    """(n, T, mels) frames -> (n, mels, frames): after a clip's end what Whisper's features are of silence there.
+
+    They are (log10(max(power, 1e-10)) + 4) / 4, and at least the clip's highest value less 8 / 4.
+    """
+    values = inputs.values[:, :frames]
+    mask = inputs.mask()[:, :frames, None]
+    highest = values.masked_fill(~mask, -1.5).amax((1, 2))
+    silence = (highest - 2.0).clamp(min=-1.5)[:, None, None]
+    whole = silence.expand(len(values), frames, values.shape[2]).clone()
+    whole[:, : values.shape[1]] = torch.where(mask, values, silence)
+    return whole.transpose(1, 2)
+
+
+def _load(name: str, revision: str, part: str | None, pooling: str) -> nn.Module:
+    from transformers import AutoModel
+
+    folder = Path(name)
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        raise ValueError(f"{name}: holds no .safetensors weights; other formats run code when they are read")
+    if name.startswith((".", "/", "~")) and not folder.is_dir():
+        raise ValueError(f"{name}: no such folder")
+    try:
+        whole, told = AutoModel.from_pretrained(
+            name, revision=revision, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # OSError for most, but also what safetensors and the hub's client raise
+        words = " ".join(str(error).split())
+        raise ValueError(f"{name}: cannot be loaded: {type(error).__name__}: {words}") from error
+    model: Any = whole
+    prefix = ""
+    if part is not None:
+        model, prefix = getattr(whole, _PARTS[part], None), f"{_PARTS[part]}."
+        if not hasattr(model, "main_input_name"):
+            raise ValueError(f"{name}: has no part '{part}' ({type(whole).__name__})")
+    elif not hasattr(whole.config, "hidden_size") or getattr(whole.config, "is_encoder_decoder", False):
+        has = [each for each, key in _PARTS.items() if hasattr(getattr(whole, key, None), "main_input_name")]
+        raise ValueError(f"{name}: is made of several parts: set part to {' or '.join(has)}")
+    missing = [key for key in told["missing_keys"] if key.startswith(prefix)]
+    missing = [key for key in missing if pooling == "pooler" or "pooler" not in key]
+    if missing:
+        raise ValueError(
+            f"{name}: lacks weights ({missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''})"
+        )
+    loaded: nn.Module = model.float()  # some are stored in half precision
+    return loaded
+
+
+__all__ = ["PretrainedEncoder"]
