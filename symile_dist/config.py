@@ -270,6 +270,9 @@ class CheckpointConfig(Section):
 class RayConfig(Section):
     num_workers: Positive = 1
     """Number of ranks (world_size)."""
+    min_workers: Positive | None = None
+    """Elastic: a run that begins on a cluster with too little for num_workers takes as many ranks as it holds and as
+    divide the global batch, but no fewer than these. The data stream is the same. Without it the run is refused."""
     cpus_per_worker: PositiveFloat = 1
     """CPUs that Ray reserves for a rank."""
     gpus_per_worker: Literal[0, 1] = 0
@@ -383,6 +386,8 @@ def _cross_checks(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             ("train", "global_batch_size"),
             f"{batch} is not divisible by ray.num_workers = {world}; use {f'{below} or ' if below else ''}{above}",
         )
+    if config.ray.min_workers and config.ray.min_workers > world:
+        yield ("ray", "min_workers"), f"{config.ray.min_workers} is more than ray.num_workers = {world}"
     if config.data.lanes and batch % config.data.lanes:
         yield (
             ("data", "lanes"),

@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +20,7 @@ from rich.console import Console
 from symile_dist import run_directory
 from symile_dist.checkpoint.manifest import CHECKPOINTS, CheckpointError, complete_checkpoints, read_manifest
 from symile_dist.config import Config
+from symile_dist.data.order import largest_world_size
 from symile_dist.errors import RunFailed
 from symile_dist.preflight import preflight
 from symile_dist.run_directory import update_run, write_ranks
@@ -118,20 +119,37 @@ class _Watcher:
         update_run(self.config.run_directory, restarts=self.restarts)
 
 
-def start_ray(config: Config) -> None:
+def start_ray(config: Config) -> Config:
     """Joins the cluster that RAY_ADDRESS names, or starts a local Ray. A second call finds the first one's.
 
-    Raises ValueError when the cluster cannot hold the run: Ray itself would wait for ever.
+    Returns the config with as many ranks as the cluster holds, where `ray.min_workers` allows fewer. Raises ValueError
+    when the cluster cannot hold the run: Ray itself would wait for ever.
     """
-    need_cpus = config.ray.cpus_per_worker * config.world_size
-    need_gpus = config.ray.gpus_per_worker * config.world_size
-    there = join_ray(need_cpus)
-    for what, need in (("CPU", need_cpus), ("GPU", need_gpus)):
-        if there.get(what, 0) < need:
-            raise ValueError(
-                f"the run needs {need:g} {what}s (ray.num_workers x ray.{what.lower()}s_per_worker), the Ray cluster "
-                f"has {there.get(what, 0):g}"
-            )
+    return fitted(config, join_ray(config.ray.cpus_per_worker * config.world_size))
+
+
+def fitted(config: Config, resources: Mapping[str, float]) -> Config:
+    """The config with the most ranks that the resources hold and that divide the global batch. Raises ValueError when
+    these are fewer than the run may have."""
+    per_worker = {"CPU": config.ray.cpus_per_worker, "GPU": config.ray.gpus_per_worker}
+    room = min(int(resources.get(what, 0) / need + 1e-9) for what, need in per_worker.items() if need)
+    if room >= config.world_size:
+        return config
+    world = largest_world_size(config.train.global_batch_size, room) if room else 0
+    if config.ray.min_workers is None or world < config.ray.min_workers:
+        needs = [f"{need * config.world_size:g} {what}s" for what, need in per_worker.items() if need]
+        has = [f"{resources.get(what, 0):g}" for what, need in per_worker.items() if need]
+        fewer = (
+            "ray.min_workers lets it begin with fewer ranks"
+            if config.ray.min_workers is None
+            else f"it holds {world} ranks that divide the global batch, ray.min_workers is {config.ray.min_workers}"
+        )
+        raise ValueError(
+            f"the run needs {' and '.join(needs)} (ray.num_workers x ray.cpus_per_worker and gpus_per_worker), the Ray "
+            f"cluster has {' and '.join(has)}; {fewer}"
+        )
+    logger.warning("the cluster holds %d ranks: the run begins with %d of %d", room, world, config.world_size)
+    return config.model_copy(update={"ray": config.ray.model_copy(update={"num_workers": world})})
 
 
 def join_ray(need_cpus: float) -> dict[str, float]:
@@ -198,7 +216,7 @@ def launch(
         with contextlib.suppress(CheckpointError):  # damaged: the ranks go on from the one before
             state = read_manifest(done[-1][1]).train_state
             return {"status": "finished", "message": "", **state, "restarts": 0, "seconds": 0.0}
-    start_ray(config)
+    config = start_ray(config)
     with run_directory.locked(config.run_directory):
         run_directory.prepare(config, fresh, resume)
         return run(config, plain, console)

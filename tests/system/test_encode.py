@@ -137,6 +137,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes] | N
         time.sleep(0.01)  # polling files, not synchronisation: the condition decides
 
 
+@pytest.mark.slow
 def test_a_killed_command_over_a_bucket_goes_on_from_the_whole_shards(
     raw: Path, gate: Path, undisturbed: Encoded, tmp_path: Path
 ) -> None:
