@@ -115,7 +115,7 @@ class Spans:
         for member, (begins, ends), checksums in zip(self.members, self.slices, self.checksums, strict=True):
             begin, end = begins[number], ends[number]
             offset = self.offsets[number] + begin
-            if begin < end and len(span) < end:
+            if len(span) < end:
                 return BadMember("truncated", member, offset, f"the file ends at byte {offset - begin + len(span)}")
             if crc32(span[begin:end]) != checksums[number]:
                 return BadMember("checksum", member, offset, "its bytes do not match their checksum")

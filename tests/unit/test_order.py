@@ -53,6 +53,22 @@ LARGE_CASES = [pytest.param(case, id=f"case{seed}") for seed in range(10) if sum
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_what_was_asked_for_before_does_not_matter(case: Case) -> None:
+    """Windows are kept from step to step: forwards, backwards, anywhere, and when the population changes."""
+    draw, used, changed = random.Random(case.seed), case.order(), [max(size - 1, 0) for size in case.sizes]
+    if sum(changed) < case.lanes:
+        changed = list(case.sizes)
+    for sizes in (None, changed):
+        if sizes is not None:
+            used.streams[0].set_population(1, sizes)
+        for step in [draw.randint(0, 60) for _ in range(12)]:
+            expected = case.order()
+            if sizes is not None:
+                expected.streams[0].set_population(1, sizes)
+            assert batch(used, step) == batch(expected, step), f"{case}, step {step}"
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_every_sample_exactly_once_per_epoch(case: Case) -> None:
     order = case.order()
     everything = sorted((shard, row) for shard, size in enumerate(case.sizes) for row in range(size))
