@@ -97,6 +97,13 @@ def fetcher_pid(storage: StorageConfig) -> int:
     return int(cache_module._owner(cache_folder(storage))["pid"])
 
 
+def living(pid: int) -> bool:
+    """Neither gone nor a zombie."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
 def files(storage: StorageConfig, pattern: str = "*-*-*") -> list[Path]:
     return list(cache_folder(storage).glob(pattern))
 
@@ -371,10 +378,14 @@ class TestProcesses:
         second.hold([Piece(url, 0, 600 * KB)])
         assert fetcher_pid(one) != fetcher_pid(two)
         assert proxy.body_bytes == 600 * KB
-        # What a fetcher that has ended leaves behind counts, and goes first.
+        # What a fetcher that has ended leaves behind counts, and goes first where it was used first.
+        pids = [fetcher_pid(one), fetcher_pid(two)]
         first.close()
         second.close()
         node.kill_fetchers()
+        wait_until(lambda: not any(living(pid) for pid in pids))
+        for path in files(one):
+            os.utime(path, (0, 0))  # else the one counts as older whose fetcher has seen its client go last
         second = node.client(two)
         second.hold([Piece(url, 0, 600 * KB)])
         assert second.counters()["bytes_fetched"] == 0
