@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from symile_dist.config import StorageConfig
+from symile_dist.data.files import OpenFile
 from symile_dist.data.index import ShardError, build_index, parse_index
 from symile_dist.data.manifest import Manifest, ShardEntry, differences, executor, read_manifest
 from symile_dist.data.quarantine import (
@@ -21,7 +22,7 @@ from symile_dist.data.quarantine import (
     read_quarantine,
     write_quarantine,
 )
-from symile_dist.data.spans import BadMember, OpenFile, Spans
+from symile_dist.data.spans import BadMember, Spans
 from symile_dist.storage import Folder
 from symile_dist.types import Fault
 

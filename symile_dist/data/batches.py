@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 
 from symile_dist.config import Config, ModalityConfig
 from symile_dist.data.cache import ShardCache
-from symile_dist.data.holder import UNREADABLE, Holder
-from symile_dist.data.index import ABSENT, BLOCK, ShardError, ShardIndex
+from symile_dist.data.holder import Holder
+from symile_dist.data.index import ABSENT, BLOCK, UNREADABLE, ShardError, ShardIndex
 from symile_dist.data.order import Order, Slots
 from symile_dist.data.population import Population
 from symile_dist.data.shards import CachedShards
@@ -143,6 +143,7 @@ class StepDataset(Dataset[Batch]):
         stop_step: int,
     ) -> None:
         self.populations, self.order, self.rank, self.train = list(populations), order, rank, train
+        self.files = self.populations[0].shards.files
         self.holder, self.seed = Holder(self.populations, order, cache, stop_step), config.seed
         self.label = None if train else config.data.label
         self.metadata_member = config.data.metadata_member
@@ -159,7 +160,7 @@ class StepDataset(Dataset[Batch]):
     def locate(self, step: int) -> RawBatch:
         """Where this rank's share of a global batch lies. Never raises for what a shard holds: see `faults`."""
         slots, size = self.order.slots(step, self.low, self.high), self.high - self.low
-        opened = sum(population.shards.opened for population in self.populations)
+        opened = self.files.opened
         unreachable = self.holder.hold(step, self.low, self.high)
         rows, sample_ids = np.full((2, size), -1, dtype=np.int64)
         present = np.ones((size, len(self.readers)), dtype=bool)
@@ -191,7 +192,7 @@ class StepDataset(Dataset[Batch]):
         spans = Spans.of(np.concatenate(places or [self._no_places(0)]), self.members)
         counts = ReadCounts(
             bytes=sum(spans.lengths),
-            shards_opened=sum(population.shards.opened for population in self.populations) - opened,
+            shards_opened=self.files.opened - opened,
             samples={names[number]: count for number, count in enumerate(by_dataset.tolist()) if count},
         )
         return RawBatch(slots, rows, sample_ids, present, faults, counts, to_read, reads, spans)

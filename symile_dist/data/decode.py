@@ -89,15 +89,14 @@ def decode_npy(data: bytes) -> NDArray[Any]:
     try:
         size = _npy_header_size(data)
         shape, fortran, dtype = _npy_header(data[:size])
-        if dtype.hasobject:
-            raise ValueError("an array of Python objects")
+        if dtype.hasobject or dtype.itemsize == 0:  # of values without size any number takes no bytes
+            raise ValueError("an array of Python objects, or of values without size")
         count = math.prod(shape)
         if size + count * dtype.itemsize > len(data):
             raise ValueError(f"{count} values of {dtype} are declared, the file ends before them")
-        array = np.ndarray(shape, dtype, data, size, order="F" if fortran else "C")
+        return np.ndarray(shape, dtype, data, size, order="F" if fortran else "C").copy(order="K")
     except Exception as error:  # a damaged header may raise almost anything (SyntaxError, TypeError, EOFError)
         raise ValueError(f"not a readable .npy array: {error}") from error
-    return array.copy(order="K")
 
 
 def _npy_header_size(data: bytes) -> int:

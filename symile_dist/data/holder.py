@@ -13,14 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from symile_dist.data.cache import Piece, ShardCache
-from symile_dist.data.index import ShardError
+from symile_dist.data.index import UNREADABLE
 from symile_dist.data.order import Order, Stretch
 from symile_dist.data.population import Population
 from symile_dist.data.shards import CachedShards
 from symile_dist.errors import StorageError
-
-UNREADABLE = (ShardError, StorageError, OSError)
-"""What opening or reading a shard or its index may raise."""
 
 Unreachable = dict[tuple[int, int], str]
 """(dataset, shard) -> why its bytes could not be fetched."""

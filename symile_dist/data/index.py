@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng.zlib_ng import crc32  # zlib's, ten times as fast
 
+from symile_dist.errors import StorageError
 from symile_dist.storage import write_atomic
 
 MAGIC = b"SYMIDX01"
@@ -41,6 +42,10 @@ BLOCK = 512
 
 class ShardError(ValueError):
     """A shard, an index or a manifest that is not what it should be; the message names the file and the remedy."""
+
+
+UNREADABLE = (ShardError, StorageError, OSError)
+"""What opening or reading a shard or its index may raise."""
 
 
 @dataclass(frozen=True)

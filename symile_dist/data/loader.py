@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from symile_dist.config import Config
 from symile_dist.data.batches import StepDataset
 from symile_dist.data.cache import ShardCache
+from symile_dist.data.files import OpenFiles
 from symile_dist.data.handover import Parcel, pack, unpack
 from symile_dist.data.index import ShardError
 from symile_dist.data.order import LaneStream, LanesWindowsOrder, SequentialOrder, choose_lanes
@@ -231,8 +232,8 @@ def open_training(
     checkpoint of another stream.
     """
     data, batch_size = config.data, config.train.global_batch_size
-    cache = ShardCache(data.storage)
-    datasets = {name: open_folder(dataset.path, data.storage, cache) for name, dataset in data.train.items()}
+    cache, files = ShardCache(data.storage), OpenFiles()
+    datasets = {name: open_folder(dataset.path, data.storage, cache, files) for name, dataset in data.train.items()}
     restored: list[Exclusion] = []
     if saved:
         quarantine, restored = continued(config.run_directory / QUARANTINE, saved.get("quarantine", Quarantine().state))
@@ -291,7 +292,7 @@ def open_validation(
     `withhold`: take modalities away as data.missing_probability says. Raises ShardError as `open_training` does.
     """
     cache = ShardCache(config.data.storage)
-    shards = open_folder(directory, config.data.storage, cache)
+    shards = open_folder(directory, config.data.storage, cache, OpenFiles())
     quarantine = Quarantine(entry._replace(dataset="held out", epoch=0) for entry in _own_list(shards, cache))
     population = Population("held out", shards, config, quarantine, withhold=withhold)
     order = SequentialOrder(population.sizes(0), config.train.global_batch_size, max_samples)

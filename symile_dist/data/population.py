@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from symile_dist.config import Config
-from symile_dist.data.index import ShardError, ShardIndex, parse_index
+from symile_dist.data.index import UNREADABLE, ShardError, ShardIndex, parse_index
 from symile_dist.data.quarantine import WHOLE_SHARD, Quarantine
 from symile_dist.data.recent import Recent
 from symile_dist.data.shards import CachedShards, LocalShards
@@ -120,10 +120,19 @@ class Population:
         return self._excluded[epoch]
 
     def sizes(self, epoch: int) -> list[int]:
-        """Samples used per shard. Opens the indices of those shards of which single samples are left out."""
+        """Samples used per shard. Opens the indices of those shards of which single samples are left out and not all
+        samples have what is required."""
         sizes = list(self.base_sizes)
         for shard, rows in self._excluded_in(epoch).items():
-            sizes[shard] = 0 if WHOLE_SHARD in rows else len(self.rows(shard, epoch))
+            if WHOLE_SHARD in rows:
+                sizes[shard] = 0
+            elif self._uniform[shard]:
+                sizes[shard] -= sum(row < self.manifest.shards[shard].samples for row in rows)
+            else:
+                try:
+                    sizes[shard] = len(self.rows(shard, epoch))
+                except UNREADABLE:  # here and now, perhaps not on other ranks: what training leaves out was used
+                    sizes[shard] -= len(rows)
         return sizes
 
     def rows(self, shard: int, epoch: int) -> Int64Array:

@@ -6,72 +6,39 @@ Both give the same: the bytes of an index, and a `read(length, offset)` per shar
 from __future__ import annotations
 
 from bisect import bisect_right
-from pathlib import Path
+from functools import partial
 
 from symile_dist.config import StorageConfig
 from symile_dist.data.cache import Piece, Segment, ShardCache
+from symile_dist.data.files import OpenFiles
 from symile_dist.data.manifest import MANIFEST, Manifest, parse_manifest, read_manifest
-from symile_dist.data.recent import Recent
-from symile_dist.data.spans import OpenFile, Read
+from symile_dist.data.spans import Read
 from symile_dist.storage import Folder
-
-OPEN_FILES = 512
-"""Descriptors that a process keeps: a descriptor costs little, opening one per sample would cost as much as reading."""
-
-
-class _OpenFiles:
-    """Open files by path; none of them travels to another process."""
-
-    def __init__(self) -> None:
-        self._open: Recent[str, OpenFile] = Recent(OPEN_FILES)
-        self.opened = 0
-
-    def __reduce__(self) -> tuple[type[_OpenFiles], tuple[()]]:
-        return (_OpenFiles, ())
-
-    def get(self, path: str) -> OpenFile:
-        return self._open.get(path, lambda: self._make(path))
-
-    def _make(self, path: str) -> OpenFile:
-        self.opened += 1
-        return OpenFile(path)
-
-    def clear(self) -> None:
-        self._open.clear()
 
 
 class LocalShards:
     """Shards on a disk (or a mounted file system)."""
 
-    def __init__(self, manifest: Manifest, folder: Folder) -> None:
+    def __init__(self, manifest: Manifest, folder: Folder, files: OpenFiles) -> None:
         assert folder.path is not None
-        self.manifest, self.folder = manifest, folder.path
-        self._files = _OpenFiles()
+        self.manifest, self.files = manifest, files
         self._paths = [str(folder.path / shard.name) for shard in manifest.shards]
 
-    @property
-    def opened(self) -> int:
-        return self._files.opened
-
     def index(self, shard: int) -> bytes:
-        return Path(f"{self._paths[shard]}.idx").read_bytes()
+        return self.files.whole(f"{self._paths[shard]}.idx")
 
     def read(self, shard: int) -> Read:
         """Raises OSError when the shard cannot be opened."""
-        return self._files.get(self._paths[shard]).read
+        self.files.open(self._paths[shard])
+        return partial(self.files.read, self._paths[shard])
 
 
 class CachedShards:
     """Shards in an object store, through the node's fetcher (see data/fetcher.py)."""
 
-    def __init__(self, manifest: Manifest, folder: Folder, cache: ShardCache) -> None:
-        self.manifest, self.folder, self.cache = manifest, folder, cache
-        self._files = _OpenFiles()
+    def __init__(self, manifest: Manifest, folder: Folder, cache: ShardCache, files: OpenFiles) -> None:
+        self.manifest, self.folder, self.cache, self.files = manifest, folder, cache, files
         self._segments: dict[int, list[Segment]] = {}
-
-    @property
-    def opened(self) -> int:
-        return self._files.opened
 
     def url(self, shard: int) -> str:
         return self.folder / self.manifest.shards[shard].name
@@ -82,7 +49,7 @@ class CachedShards:
     def index(self, shard: int) -> bytes:
         url = f"{self.url(shard)}.idx"
         held = self.cache.segments(url)
-        return Path(held[0].path).read_bytes() if held else self.cache.read(url)
+        return self.files.whole(held[0].path) if held else self.cache.read(url)
 
     def forget(self, shard: int) -> None:
         """Its bytes proved wrong: they are fetched again when they are held next."""
@@ -92,7 +59,7 @@ class CachedShards:
     def held(self) -> None:
         """What is held has changed. An open descriptor would keep the disk space of a file that is evicted."""
         self._segments.clear()
-        self._files.clear()
+        self.files.clear()
 
     def read(self, shard: int) -> Read:
         if shard not in self._segments:
@@ -103,22 +70,24 @@ class CachedShards:
         def read(length: int, offset: int) -> bytes:
             # Ranges are cut between samples: what is read of one lies in one segment.
             segment = segments[bisect_right(starts, offset) - 1]
-            return self._files.get(segment.path).read(length, offset - segment.start)
+            return self.files.read(segment.path, length, offset - segment.start)
 
         return read
 
 
-def open_folder(url: str, storage: StorageConfig, cache: ShardCache) -> LocalShards | CachedShards:
+def open_folder(url: str, storage: StorageConfig, cache: ShardCache, files: OpenFiles) -> LocalShards | CachedShards:
     """The shards of a folder as its manifest lists them. Raises ShardError without a manifest."""
     folder = Folder(url, storage)
     if folder.path is not None:
-        return LocalShards(read_manifest(url, storage, check=False), folder)
+        return LocalShards(read_manifest(url, storage, check=False), folder, files)
     try:
         # Fresh: shards may have been indexed again since another run read them.
         manifest = parse_manifest(cache.read(folder / MANIFEST, fresh=True), folder)
     except FileNotFoundError:
-        return CachedShards(read_manifest(url, storage), folder, cache)  # raises, with what is there in its place
-    return CachedShards(manifest, folder, cache)
+        return CachedShards(
+            read_manifest(url, storage), folder, cache, files
+        )  # raises, with what is there in its place
+    return CachedShards(manifest, folder, cache, files)
 
 
 __all__ = ["CachedShards", "LocalShards", "open_folder"]

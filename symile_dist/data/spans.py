@@ -7,7 +7,6 @@ batch of large samples never stands in memory as bytes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,24 +19,6 @@ from symile_dist.data.index import ABSENT, BLOCK, ShardIndex
 
 Read = Callable[[int, int], bytes]
 """read(length, offset) -> bytes of a shard: fewer where the file ends early. Raises OSError."""
-
-
-class OpenFile:
-    """A descriptor, closed when nothing refers to it any more."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-    def read(self, length: int, offset: int) -> bytes:
-        data = os.pread(self.descriptor, length, offset)
-        if len(data) == length or not data:
-            return data
-        # One call reads at most 2 GiB; what is short for another reason ends at the next one.
-        return data + self.read(length - len(data), offset + len(data))
 
 
 class BadMember(NamedTuple):
@@ -116,7 +97,10 @@ class Spans:
             begin, end = begins[number], ends[number]
             offset = self.offsets[number] + begin
             if len(span) < end:
-                return BadMember("truncated", member, offset, f"the file ends at byte {offset - begin + len(span)}")
+                last = self.offsets[number] + len(span)
+                return BadMember(
+                    "truncated", member, offset, f"the file ends at byte {last}{'' if span else ' or before'}"
+                )
             if crc32(span[begin:end]) != checksums[number]:
                 return BadMember("checksum", member, offset, "its bytes do not match their checksum")
         raise AssertionError("every member is as the index says")

@@ -140,6 +140,14 @@ def test_npy_reads_what_numpy_reads(dtype: str, shape: tuple[int, ...], order: L
                 decode_npy(file.getvalue()[:-1])
 
 
+@pytest.mark.parametrize("descr", ["'|V0'", "'V'", "[]", "'|S0'", "'<U0'", "'|O'"])
+@pytest.mark.parametrize("shape", ["(10000000000000,)", "(1000,)"])
+def test_npy_of_values_without_size_is_refused_at_once(descr: str, shape: str) -> None:
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    with pytest.raises(ValueError, match=r"not a readable \.npy array"):
+        decode_npy(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
+
+
 def test_npy_never_unpickles() -> None:
     with pytest.raises(ValueError):
         decode_npy(npy(np.array([_Exploit()], dtype=object), allow_pickle=True))

@@ -38,7 +38,16 @@ from symile_dist.tools.features.snippet import FeatureShape, feature_config, sni
 from symile_dist.types import Inputs, Padded
 from tests.features import fingerprints, read_samples
 from tests.pretrained import save_clip, save_text
-from tests.shards import DIMENSION, config_text, key_of, npy_bytes, sample_array, write_shards, write_tar
+from tests.shards import (
+    DIMENSION,
+    config_text,
+    key_of,
+    npy_bytes,
+    sample_array,
+    sample_members,
+    write_shards,
+    write_tar,
+)
 
 ROOT = Path(__file__).parents[2]
 SIZES = (7, 5, 9)
@@ -571,3 +580,36 @@ def test_keys_that_are_not_unique_are_told_and_not_merged(tmp_path: Path, withou
     assert list(read_samples(tmp_path / "out")) == ["x/0", "y/0"], "folders are part of a key"
     with tarfile.open(tmp_path / "out" / "0.tar") as tar:
         assert tar.getnames() == ["x/0.a.npy", "y/0.a.npy"]
+
+
+def test_a_member_whose_suffix_begins_with_an_underscore_is_kept(tmp_path: Path, without_ray: None) -> None:
+    members = [
+        (f"{key_of(number)}.{suffix}", data)
+        for number in range(4)
+        for suffix, data in {**sample_members(number, ("a", "b", "c")), "_meta.json": b"{}"}.items()
+        if number != 2 or suffix == "_meta.json"  # of one sample nothing else is there
+    ]
+    write_tar(tmp_path / "raw" / "shard-00000.tar", members)
+    index_directory(tmp_path / "raw")
+    encoded(tmp_path / "raw", tmp_path / "out", config_of(tmp_path / "raw"))
+    after = read_samples(tmp_path / "out")
+    assert list(after) == [key_of(number) for number in range(4)]
+    assert all(sample["_meta.json"] == b"{}" for sample in after.values()) and set(after[key_of(2)]) == {"_meta.json"}
+
+
+def test_a_rare_shape_that_the_encoder_refuses_is_left_out(tmp_path: Path, without_ray: None) -> None:
+    members = []
+    for number in range(7):
+        parts = sample_members(number, ("a", "b", "c"))
+        if number == 5:
+            parts["a.npy"] = npy_bytes(np.zeros(9, dtype=np.float32))
+        members += [(f"{key_of(number)}.{suffix}", data) for suffix, data in parts.items()]
+    write_tar(tmp_path / "raw" / "shard-00000.tar", members)
+    index_directory(tmp_path / "raw")
+    summary = encoded(tmp_path / "raw", tmp_path / "out", config_of(tmp_path / "raw"))
+    assert [(each["key"], each["member"]) for each in summary["left_out"]] == [(key_of(5), "a.npy")]
+    assert "the encoder fails" in summary["left_out"][0]["reason"]
+    after = read_samples(tmp_path / "out")
+    assert [key for key, sample in after.items() if "a.npy" not in sample] == [key_of(5)]
+    with pytest.raises(RunFailed, match=r"shard-00000\.tar, sample .*, member 'a\.npy': .*the encoder fails"):
+        encoded(tmp_path / "raw", tmp_path / "other", config_of(tmp_path / "raw"), on_error="stop")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from symile_dist.data.files import OpenFile
 from symile_dist.data.index import (
     BLOCK,
     ShardError,
@@ -23,7 +24,7 @@ from symile_dist.data.index import (
     write_index,
 )
 from symile_dist.data.manifest import MANIFEST, index_directory, read_manifest
-from symile_dist.data.spans import BadMember, OpenFile, read_rows
+from symile_dist.data.spans import BadMember, read_rows
 from tests.shards import key_of, sample_members, write_shards, write_tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

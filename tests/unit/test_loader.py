@@ -26,7 +26,17 @@ from symile_dist.data.manifest import Manifest, ShardEntry, index_directory, rea
 from symile_dist.errors import RunStopped
 from symile_dist.types import Batch, Fault, Padded
 from tests.conftest import SHARD_SIZES
-from tests.shards import CLASSES, DIMENSION, key_of, npy_bytes, sample_array, sample_members, write_shards, write_tar
+from tests.shards import (
+    CLASSES,
+    DIMENSION,
+    config_text,
+    key_of,
+    npy_bytes,
+    sample_array,
+    sample_members,
+    write_shards,
+    write_tar,
+)
 
 MakeConfig = Callable[..., Config]
 STEPS = 5
@@ -215,6 +225,49 @@ def test_a_sample_of_another_shape_is_masked_and_told(tmp_path: Path, make_confi
     faults = [fault for batch in loader for fault in batch.faults]
     assert [(fault.kind, fault.member, fault.row) for fault in faults] == [("decode", "b.npy", 5)]
     assert "(7,) where others are torch.float32 (4,)" in faults[0].reason
+
+
+def test_more_shards_than_descriptors(tmp_path: Path) -> None:
+    """Of two datasets of 80 shards, in a process that may have 64 files: no sample is lost, none suspected."""
+    for name in ("one", "two"):
+        index_directory(write_shards(tmp_path / name, [2] * 80))
+    (tmp_path / "config.yaml").write_text(config_text(tmp_path / "one"))
+    script = f"""
+import resource
+from symile_dist.config import load_config
+from symile_dist.data.loader import open_training
+mixture = "{{one: {{path: {tmp_path}/one, weight: 1}}, two: {{path: {tmp_path}/two, weight: 1}}}}"
+overrides = [f"data.train={{mixture}}", "train.global_batch_size=160", "data.lanes=40", "data.window=20"]
+config = load_config({str(tmp_path / "config.yaml")!r}, [*overrides, "train.steps=4"]).config
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+batches = list(open_training(config, 0, 0))
+assert len(batches) == 4 and not [fault for batch in batches for fault in batch.faults], batches[0].faults
+assert all(batch.valid.all() for batch in batches)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("deleted", [False, True])
+def test_an_index_that_is_damaged_under_way(
+    tmp_path: Path, make_config: MakeConfig, processes: int, deleted: bool
+) -> None:
+    # Some samples of each shard lack a member, so that how many are used stands in the index only.
+    folder = write_shards(tmp_path / "train", [8, 8, 8], without={1: ("a",), 9: ("b",), 17: ("c",)})
+    index_directory(folder)
+    damage(folder, 12)
+    config = configured(make_config, folder, f"data.loader_processes={processes}", "train.steps=9")
+    loader = open_training(config, 0, 0)
+    seen: list[int] = []
+    for step, batch in enumerate(loader):
+        if step == 0:
+            index = index_path(folder / "shard-00001.tar")
+            index.unlink() if deleted else index.write_bytes(b"damaged")
+        loader.exclude(batch.faults)
+        seen += [sample for sample, valid in zip(ids(batch), batch.valid.tolist(), strict=True) if valid]
+    assert loader.consumed == 9, "the run goes on"
+    assert 12 not in seen and set(range(24)) - {1, 9, 12, 17} - set(range(8, 16)) <= set(seen)
 
 
 # -- population ------------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from symile_dist.data.files import OpenFile
 from symile_dist.data.index import ABSENT, BLOCK
-from symile_dist.data.spans import BadMember, OpenFile, Spans
+from symile_dist.data.spans import BadMember, Spans
 
 MEMBERS = ("a", "b", "c")
 PARTS = [[b"x" * 700, b"", b"y" * 5], [b"only", None, None], [None, b"q" * 513, b"z"], [None, None, None]]

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from symile_dist.data.batches import UNDECODABLE
+from symile_dist.data.files import OpenFile
 from symile_dist.data.index import BLOCK, ShardIndex, index_path, parse_index, split_name, write_index
 from symile_dist.data.manifest import ShardEntry
 from symile_dist.errors import RunFailed
@@ -68,10 +69,10 @@ def encode_shard(recipe: Recipe, encoders: FrozenEncoders, source: Folder, entry
         content = source.read(f"{entry.name}.idx")
         index = parse_index(content, source / f"{entry.name}.idx", source.url, entry.index_sha256)
         scratch = out / f".{entry.name}.{os.getpid()}.source.tmp"
-        scratch.mkdir()
+        scratch.mkdir(exist_ok=True)  # a killed part's, which had the same number
         try:
-            with source.local_copy(entry.name, scratch) as path, open(path, "rb") as file:
-                work = _Work(recipe, encoders, index, file.fileno(), entry.name, sample_keys(path, index))
+            with source.local_copy(entry.name, scratch) as path:
+                work = _Work(recipe, encoders, index, OpenFile(str(path)), entry.name, sample_keys(path, index))
                 write_atomic(target, lambda tar: work.write(tar, out))
         finally:
             with contextlib.suppress(OSError):
@@ -79,6 +80,7 @@ def encode_shard(recipe: Recipe, encoders: FrozenEncoders, source: Folder, entry
     written = write_index(target)
     if len(written) != entry.samples:
         target.unlink()
+        index_path(target).unlink()
         raise RunFailed(f"{source / entry.name}: {entry.samples} samples became {len(written)}: are its keys unique?")
 
 
@@ -135,12 +137,12 @@ class _Work:
         recipe: Recipe,
         encoders: FrozenEncoders,
         index: ShardIndex,
-        descriptor: int,
+        file: OpenFile,
         shard: str,
         keys: Sequence[str],
     ) -> None:
         self.recipe, self.encoders, self.index = recipe, encoders, index
-        self.descriptor, self.shard, self.keys = descriptor, shard, keys
+        self.file, self.shard, self.keys = file, shard, keys
         modalities = {name: recipe.config.modalities[name] for name in recipe.modalities}
         self.decoders: dict[str, Any] = {
             name: resolve(m.decoder.name, DECODERS, "decoder") for name, m in modalities.items()
@@ -158,7 +160,7 @@ class _Work:
 
         left_out: list[LeftOut] = []
         # Without fixed times and owners two runs would differ.
-        with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
+        with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644, keep_meta=True) as tar:
             for samples in self._batches():
                 for modality in self.recipe.modalities:
                     self._encode(modality, samples)
@@ -216,7 +218,7 @@ class _Work:
             return None
         size, offset = int(self.index.sizes[row, column]), int(self.index.block_offsets[row, column]) * BLOCK
         try:
-            data = os.pread(self.descriptor, size, offset)
+            data = self.file.read(size, offset)
             if len(data) < size:
                 raise ValueError(f"the file ends after {len(data)} of its {size} bytes")
             if zlib.crc32(data) != int(self.index.checksums[row, column]):
@@ -234,16 +236,25 @@ class _Work:
             sample.left_out.append(left_out)
 
     def _encode(self, modality: str, samples: list[_Sample]) -> None:
-        """Adds the features of the samples that have the modality. Samples of one shape are encoded together."""
+        """Adds the features of the samples that have the modality. Samples of one shape are encoded together; those of
+        a rarer shape that the encoder refuses are left out."""
         variable = bool(getattr(self.transforms[modality], "variable_length", False))
         alike: dict[tuple[Any, ...], list[_Sample]] = {}
         for sample in samples:
             if modality in sample.tensors:
                 tensor = sample.tensors[modality]
                 alike.setdefault((tensor.dtype, *tensor.shape[1 if variable else 0 :]), []).append(sample)
-        for group in alike.values():
+        for number, group in enumerate(sorted(alike.values(), key=len, reverse=True)):
             keys, tensors = [sample.key for sample in group], [sample.tensors[modality] for sample in group]
-            for sample, feature in zip(group, self.encoders.encode(modality, keys, tensors, variable), strict=True):
+            try:
+                features = self.encoders.encode(modality, keys, tensors, variable)
+            except RunFailed as error:
+                if number == 0:
+                    raise RunFailed(f"{self.shard}: {error}") from error
+                for sample in group:
+                    self._leave_out(sample, self.recipe.member(modality), error)
+                continue
+            for sample, feature in zip(group, features, strict=True):
                 sample.members[feature_member(modality)] = npy_bytes(feature)
 
 
