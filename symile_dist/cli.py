@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,33 +65,22 @@ def _evaluate(options: argparse.Namespace) -> int:
     from symile_dist.tools.evaluate import evaluate_run, format_results
 
     results = evaluate_run(options.run, step=options.step, split=options.split, resamples=options.resamples)
-    if options.json:
-        _print_json(results)
-    else:
-        print(format_results(results))
-    return EXIT_OK
+    return _print_result(options, results, lambda: format_results(results))
 
 
 def _config_validate(options: argparse.Namespace) -> int:
     from symile_dist.config import load_config
 
     config = load_config(options.config, options.overrides).config
-    if options.json:
-        _print_json({"valid": True, "digest": config.digest()})
-    else:
-        print(f"{options.config}: valid (run '{config.run.name}', digest {config.digest()[:12]})")
-    return EXIT_OK
+    words = f"{options.config}: valid (run '{config.run.name}', digest {config.digest()[:12]})"
+    return _print_result(options, {"valid": True, "digest": config.digest()}, lambda: words)
 
 
 def _config_explain(options: argparse.Namespace) -> int:
     from symile_dist.config import explain, load_config
 
     loaded = load_config(options.config, options.overrides)
-    if options.json:
-        _print_json(loaded.config.model_dump(mode="json"))
-    else:
-        print(explain(loaded))
-    return EXIT_OK
+    return _print_result(options, loaded.config.model_dump(mode="json"), lambda: explain(loaded))
 
 
 def _config_schema(options: argparse.Namespace) -> int:
@@ -115,11 +104,7 @@ def _shards_demo(options: argparse.Namespace) -> int:
             seed=options.seed,
             progress=progress,
         )
-    if options.json:
-        _print_json(summary)
-    else:
-        print(summary["message"])
-    return EXIT_OK
+    return _print_result(options, summary, lambda: summary["message"])
 
 
 def _shards_index(options: argparse.Namespace) -> int:
@@ -203,11 +188,7 @@ def _shards_stats(options: argparse.Namespace) -> int:
         stats = stats_of(options.directory, _storage(options), lambda done, total: progress("indices", done, total))
     if options.figure:
         draw_stats(stats, options.figure)
-    if options.json:
-        _print_json(stats)
-    else:
-        print(format_stats(stats))
-    return EXIT_OK
+    return _print_result(options, stats, lambda: format_stats(stats))
 
 
 def _shards_quarantine(options: argparse.Namespace) -> int:
@@ -216,11 +197,8 @@ def _shards_quarantine(options: argparse.Namespace) -> int:
     storage = _storage(options)
     if options.clear:
         cleared = clear_quarantine(options.place, options.shard, storage)
-        if options.json:
-            _print_json({"cleared": cleared})
-        else:
-            print(f"{options.place}: {cleared} entries taken off the list")
-        return EXIT_OK
+        words = f"{options.place}: {cleared} entries taken off the list"
+        return _print_result(options, {"cleared": cleared}, lambda: words)
     entries = [entry for entry in quarantine_of(options.place, storage) if options.shard in (None, entry.shard)]
     if options.json:
         _print_json([entry._asdict() for entry in entries])
@@ -259,11 +237,7 @@ def _shards_pack(options: argparse.Namespace) -> int:
             processes=options.processes,
             progress=progress,
         )
-    if options.json:
-        _print_json(summary)
-    else:
-        print(summary["message"])
-    return EXIT_OK
+    return _print_result(options, summary, lambda: summary["message"])
 
 
 def _shards_encode(options: argparse.Namespace) -> int:
@@ -298,11 +272,7 @@ def _shards_encode(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command again goes on from the whole shards", file=sys.stderr)
         return EXIT_INTERRUPTED
-    if options.json:
-        _print_json(summary)
-    else:
-        print(summary["message"])
-    return EXIT_OK
+    return _print_result(options, summary, lambda: summary["message"])
 
 
 def _benchmark_objective(options: argparse.Namespace) -> int:
@@ -319,22 +289,14 @@ def _benchmark_objective(options: argparse.Namespace) -> int:
         sheets=options.sheets,
         out=options.out,
     )
-    if options.json:
-        _print_json(results)
-    else:
-        _print_table(benchmark_tables(results))
-    return EXIT_OK
+    return _print_result(options, results, lambda: benchmark_tables(results))
 
 
 def _benchmark_parity(options: argparse.Namespace) -> int:
     from symile_dist.tools.parity import measure_parity, parity_table
 
     results = measure_parity(options.world_size)
-    if options.json:
-        _print_json(results)
-    else:
-        _print_table(parity_table(results))
-    return EXIT_OK
+    return _print_result(options, results, lambda: parity_table(results))
 
 
 def _benchmark_data(options: argparse.Namespace) -> int:
@@ -351,11 +313,7 @@ def _benchmark_data(options: argparse.Namespace) -> int:
         work=options.work,
         out=options.out,
     )
-    if options.json:
-        _print_json(results)
-    else:
-        _print_table(benchmark_data_tables(results))
-    return EXIT_OK
+    return _print_result(options, results, lambda: benchmark_data_tables(results))
 
 
 def _benchmark_negatives(options: argparse.Namespace) -> int:
@@ -364,18 +322,21 @@ def _benchmark_negatives(options: argparse.Namespace) -> int:
     results = compare_negatives(
         Path(options.data), options.cpu_seconds, options.global_batch_size, options.seeds, options.threads
     )
+    return _print_result(options, results, lambda: negatives_markdown(results).rstrip("\n"))
+
+
+def _print_result(options: argparse.Namespace, value: Any, shown: Callable[[], Any]) -> int:
+    """The value as JSON where that was asked for, else what is shown of it: a text, or something of rich's."""
     if options.json:
-        _print_json(results)
+        _print_json(value)
+    elif isinstance(given := shown(), str):
+        print(given)
     else:
-        print(negatives_markdown(results), end="")
+        from rich.console import Console
+
+        # A pipe or a file has no width: wide enough for one line per row.
+        Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(given)
     return EXIT_OK
-
-
-def _print_table(table: Any) -> None:
-    from rich.console import Console
-
-    # A pipe or a file has no width: wide enough for one line per row.
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
 
 
 def _demo(options: argparse.Namespace) -> int:
