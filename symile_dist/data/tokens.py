@@ -20,6 +20,7 @@ class TokensTransform:
     Raises ValueError for a tokenizer that is not there.
     """
 
+    uses_rng: ClassVar[bool] = False
     variable_length: ClassVar[bool] = True
 
     def __init__(self, model: str, revision: str = "main", max_length: int = 128) -> None:

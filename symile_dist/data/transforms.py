@@ -1,6 +1,7 @@
 """Decoded samples -> tensors: `transform(decoded, rng) -> Tensor`.
 
-`rng` is None where nothing is to be augmented (evaluation). A transform that says `variable_length` returns
+`rng` is None where nothing is to be augmented (evaluation); one that never uses it says `uses_rng = False`, and where
+none does it is None. A transform that says `variable_length` returns
 tensors whose first dimension differs from sample to sample; the collate pads them into `types.Padded`.
 """
 
@@ -163,6 +164,7 @@ class CharacterTransform:
     Text is lower-cased where `lowercase` says so. An empty text gives a tensor of length 0.
     """
 
+    uses_rng: ClassVar[bool] = False
     variable_length: ClassVar[bool] = True
 
     def __init__(self, max_length: int = 256, lowercase: bool = False) -> None:
@@ -189,6 +191,7 @@ class TensorTransform:
     Raises ValueError for another shape, for values that are no numbers, and for NaN or infinity.
     """
 
+    uses_rng: ClassVar[bool] = False
     variable_length: bool = False
 
     def __init__(

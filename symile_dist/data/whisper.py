@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ class WhisperTransform:
     Raises ValueError for a model whose features are not there, and for a clip that is empty or holds NaN.
     """
 
+    uses_rng: ClassVar[bool] = False
     variable_length: bool = True
 
     def __init__(self, model: str, revision: str = "main", whole_window: bool = False, resample: bool = True) -> None:

@@ -611,3 +611,36 @@ def resident_megabytes() -> float:
     pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
     pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
     return pages * os.sysconf("SC_PAGESIZE") / 1e6
+
+
+# -- augmentation ----------------------------------------------------------------------------------------------------
+
+
+class Drawn:
+    """Gives what it draws."""
+
+    def __call__(self, decoded: object, rng: np.random.Generator | None) -> torch.Tensor:
+        return torch.tensor([-1.0 if rng is None else rng.random()])
+
+
+def test_a_sample_draws_the_same_in_an_epoch_whatever_the_world(shards: Path, make_config: MakeConfig) -> None:
+    drawing = "modalities.a.transform=tests.unit.test_loader:Drawn"
+    draws: list[dict[int, float]] = []
+    for world in (1, 2):
+        config = configured(make_config, shards, drawing, f"ray.num_workers={world}", "train.steps=2")
+        found: dict[int, float] = {}
+        for rank in range(world):
+            for batch in open_training(config, rank, 0):
+                values = batch.inputs["a"]
+                assert isinstance(values, torch.Tensor)
+                found |= dict(zip(ids(batch), values[:, 0].tolist(), strict=True))
+        draws.append(found)
+    assert draws[0] == draws[1] and len(set(draws[0].values())) == len(draws[0]) and min(draws[0].values()) >= 0
+    dataset, _ = open_validation(configured(make_config, shards, drawing), str(shards), 0, None)
+    held_out = dataset[0].inputs["a"]
+    assert isinstance(held_out, torch.Tensor) and (held_out == -1).all()
+
+
+def test_no_generator_is_made_where_nothing_draws(shards: Path, make_config: MakeConfig) -> None:
+    dataset = open_training(configured(make_config, shards), 0, 0).dataset
+    assert not dataset.augments, "tensors are taken as they are"
