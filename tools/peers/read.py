@@ -206,20 +206,20 @@ def decode_first_byte(data: bytes) -> Any:
 class Steps:
     """Batches by their number, not decoded, in one tensor each: so ours hands over what its loader processes read."""
 
-    def __init__(self, dataset: Any, steps: int) -> None:
+    def __init__(self, dataset: Any, steps: range) -> None:
         self.dataset, self.steps = dataset, steps
 
     def __len__(self) -> int:
-        return self.steps
+        return len(self.steps)
 
     def __iter__(self) -> Iterator[list[bytes]]:
-        return (parts for step in range(self.steps) for parts in self.samples(step))
+        return (parts for step in self.steps for parts in self.samples(step))
 
     def samples(self, step: int) -> Iterator[list[bytes]]:
         return (parts for _, parts in self.dataset.read(self.dataset.locate(step)))
 
-    def __getitem__(self, step: int) -> tuple[Any, list[list[int]]]:
-        samples = list(self.samples(step))
+    def __getitem__(self, number: int) -> tuple[Any, list[list[int]]]:
+        samples = list(self.samples(self.steps[number]))
         data = bytearray(b"".join(chain.from_iterable(samples)))
         return import_module("torch").frombuffer(data, dtype=import_module("torch").uint8), [
             list(map(len, parts)) for parts in samples
@@ -241,14 +241,14 @@ def read_ours(spec: Spec) -> list[Iterable[Sample]]:
     from symile_dist.data import loader
 
     number = spec["samples"] // spec["batch"]
-    config = parse_config(CONFIG.format(**spec, steps=number, decoder=DECODER), "benchmark").config
-    steps = Steps(loader.open_training(config, rank=0, start_step=0).dataset, number)
+    text = CONFIG.format(**spec, steps=number * spec["passes"], decoder=DECODER)
+    dataset = loader.open_training(parse_config(text, "benchmark").config, rank=0, start_step=0).dataset
+    epochs = [Steps(dataset, range(epoch * number, (epoch + 1) * number)) for epoch in range(spec["passes"])]
     if not spec["processes"]:
-        return [steps]
-    context = loader._process_context()
+        return list(epochs)
+    options = {"num_workers": spec["processes"], "multiprocessing_context": loader._process_context()}
     data = import_module("torch.utils.data")
-    batches = data.DataLoader(steps, batch_size=None, num_workers=spec["processes"], multiprocessing_context=context)
-    return [unpacked(batches)]
+    return [unpacked(data.DataLoader(steps, batch_size=None, **options)) for steps in epochs]
 
 
 READERS: dict[str, Callable[[Spec], list[Iterable[Sample]]]] = {
