@@ -45,12 +45,19 @@ def pack(batch: Batch) -> Parcel:
     for name, tensor in tensors.items():
         places[name] = (tensor.dtype, tensor.shape, end)
         end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    parcel = Parcel(
-        torch.empty(end, dtype=torch.uint8), places, list(batch.inputs), batch.labels, batch.faults, batch.read
-    )
+    parcel = Parcel(shared_bytes(end), places, list(batch.inputs), batch.labels, batch.faults, batch.read)
     for name, tensor in tensors.items():
         _tensor(parcel, name).copy_(tensor)
     return parcel
+
+
+def shared_bytes(size: int) -> Tensor:
+    """uint8 (size,). In a loader process it lies where the training process will see it: nothing is copied again."""
+    if torch.utils.data.get_worker_info() is None or size == 0:
+        return torch.empty(size, dtype=torch.uint8)
+    # What torch's own default_collate does.
+    storage = torch.UntypedStorage._new_shared(size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 def unpack(parcel: Parcel) -> Batch:
@@ -71,4 +78,4 @@ def _tensor(parcel: Parcel, name: str) -> Tensor:
     return data.view(dtype).view(shape)
 
 
-__all__ = ["Parcel", "pack", "unpack"]
+__all__ = ["Parcel", "pack", "shared_bytes", "unpack"]

@@ -213,17 +213,18 @@ class Steps:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[bytes]]:
-        return (parts for step in self.steps for parts in self.samples(step))
-
-    def samples(self, step: int) -> Iterator[list[bytes]]:
-        return (parts for _, parts in self.dataset.read(self.dataset.locate(step)))
+        return (parts for step in self.steps for _, parts in self.dataset.read(self.dataset.locate(step)))
 
     def __getitem__(self, number: int) -> tuple[Any, list[list[int]]]:
-        samples = list(self.samples(self.steps[number]))
-        data = bytearray(b"".join(chain.from_iterable(samples)))
-        return import_module("torch").frombuffer(data, dtype=import_module("torch").uint8), [
-            list(map(len, parts)) for parts in samples
-        ]
+        raw = self.dataset.locate(self.steps[number])
+        data = import_module("symile_dist.data.handover").shared_bytes(raw.counts.bytes)
+        view, end, sizes = memoryview(data.numpy()), 0, []
+        for _, parts in self.dataset.read(raw):
+            sizes.append(list(map(len, parts)))
+            for part in parts:
+                view[end : end + len(part)] = part
+                end += len(part)
+        return data, sizes
 
 
 def unpacked(batches: Iterable[tuple[Any, list[list[int]]]]) -> Iterator[list[bytes]]:
