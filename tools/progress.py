@@ -30,8 +30,9 @@ def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn(),
     )
     # A large shard may take minutes: the speed is that of the last hour.
-    options = {"disable": not console.is_terminal, "transient": True, "speed_estimate_period": 3600.0}
-    with Progress(*columns, console=console, **options) as bar:  # type: ignore[arg-type]
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True, speed_estimate_period=3600.0
+    ) as bar:
         tasks = {}
 
         def report(part: str, done: int, total: int) -> None:

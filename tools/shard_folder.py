@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -119,6 +119,15 @@ def compare_parameters(folder: Path, present: dict[str, Any], wanted: dict[str, 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def not_complete(shards: int, by_part: Mapping[str, int]) -> str:
+    """A line for people: how many shards are missing, and of which parts."""
+    parts = ", ".join(f"{name} ({count})" for name, count in by_part.items())
+    return (
+        f"  not complete: {shards} shards are missing, of the parts {parts}; the manifest is written when the last one "
+        "is there"
+    )
 
 
 def write_new(path: Path, content: bytes) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,9 +100,11 @@ class RawBatch:
     to_read: list[int]
     """Slots, shard by shard."""
     reads: list[Read]
-    """From the shard of each of them"""
+    """from the shard of each of them"""
     spans: Spans
-    """of each of them."""
+    """of each of them"""
+    fetched_again: dict[tuple[int, int], str | None] = field(default_factory=dict)
+    """(dataset, shard) that proved wrong in the cache -> why it could not be fetched again, if it could not"""
 
 
 class _Group(NamedTuple):
@@ -225,21 +227,19 @@ class StepDataset(Dataset[Batch]):
             yield raw.to_read[number], parts
 
     def _read_again(self, raw: RawBatch, number: int, why: BadMember) -> list[bytes] | BadMember:
-        """What a cache gives wrongly is fetched again, once."""
+        """What a cache gives wrongly is fetched again, once per shard and batch."""
         slot = raw.to_read[number]
-        dataset, shard = int(raw.slots.dataset[slot]), int(raw.slots.shard[slot])
+        key = dataset, shard = int(raw.slots.dataset[slot]), int(raw.slots.shard[slot])
         shards = self.populations[dataset].shards
         if not isinstance(shards, CachedShards):
             return why
-        shards.forget(shard)
-        unreachable = self.holder.hold_again()
-        if (dataset, shard) in unreachable:
-            return why._replace(kind="open", reason=unreachable[dataset, shard])
-        read = shards.read(shard)
-        for other in range(number, len(raw.to_read)):
-            if raw.reads[other] is raw.reads[number]:
-                raw.reads[other] = read
-        return next(raw.spans.read(raw.reads, number))
+        if key not in raw.fetched_again:
+            shards.forget(shard)
+            raw.fetched_again[key] = self.holder.hold_again().get(key)
+            if raw.fetched_again[key] is None:
+                return next(raw.spans.read(raw.reads, number))
+        reason = raw.fetched_again[key]
+        return why if reason is None else why._replace(kind="open", reason=reason)
 
     def _fault(self, raw: RawBatch, slot: int, why: BadMember) -> Fault:
         population = self.populations[int(raw.slots.dataset[slot])]

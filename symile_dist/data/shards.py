@@ -5,6 +5,7 @@ Both give the same: the bytes of an index, and a `read(length, offset)` per shar
 
 from __future__ import annotations
 
+import errno
 from bisect import bisect_right
 from functools import partial
 
@@ -62,17 +63,18 @@ class CachedShards:
         self.files.clear()
 
     def read(self, shard: int) -> Read:
+        return partial(self._read, shard)
+
+    def _read(self, shard: int, length: int, offset: int) -> bytes:
+        # Looked up at every read: what is held may have been fetched again since.
         if shard not in self._segments:
             self._segments[shard] = self.cache.segments(self.url(shard))
         segments = self._segments[shard]
-        starts = [segment.start for segment in segments]
-
-        def read(length: int, offset: int) -> bytes:
-            # Ranges are cut between samples: what is read of one lies in one segment.
-            segment = segments[bisect_right(starts, offset) - 1]
-            return self.files.read(segment.path, length, offset - segment.start)
-
-        return read
+        # Ranges are cut between samples: what is read of one lies in one segment.
+        number = bisect_right(segments, offset, key=lambda segment: segment.start) - 1
+        if number < 0:
+            raise FileNotFoundError(errno.ENOENT, "not in the node's cache", self.url(shard))
+        return self.files.read(segments[number].path, length, offset - segments[number].start)
 
 
 def open_folder(url: str, storage: StorageConfig, cache: ShardCache, files: OpenFiles) -> LocalShards | CachedShards:

@@ -67,9 +67,6 @@ class Spans:
         slices = list(zip(begins.T.tolist(), ends.T.tolist(), strict=True))
         return cls(members, offsets.tolist(), lengths, slices, checksums.T.tolist())
 
-    def __len__(self) -> int:
-        return len(self.offsets)
-
     def read(self, reads: Sequence[Read], first: int = 0) -> Iterator[list[bytes] | BadMember]:
         """The members of each sample from `first` on, b"" for an absent one, or why they are not what the index says.
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from symile_dist.config import Config, parse_config
+from symile_dist.data.cache import ShardCache
+from symile_dist.data.index import read_index
 from symile_dist.data.loader import TrainingLoader, open_training
 from symile_dist.data.manifest import index_directory, read_manifest
 from symile_dist.tools.shards import stats_of, verify_folder
@@ -189,3 +191,58 @@ def test_a_dead_endpoint_is_told_in_words(local: Path, make: Make) -> None:
     config = make("s3://bucket/train", "http://127.0.0.1:9", "data.storage.give_up_seconds=1")
     with pytest.raises(Exception, match=r"s3://bucket/train.*no answer|127\.0\.0\.1:9"):
         open_training(config, 0, 0)
+
+
+@pytest.fixture
+def one_shard(tmp_path: Path, bucket: Bucket, make: Make, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[str]]:
+    """A folder of one shard of 24 samples, and what is fetched again."""
+    folder = write_shards(tmp_path / "one", [24])
+    index_directory(folder)
+    forgotten: list[str] = []
+    forget = ShardCache.forget
+    monkeypatch.setattr(ShardCache, "forget", lambda cache, url: (forgotten.append(url), forget(cache, url))[1])
+    return folder, forgotten
+
+
+def flip(data: bytes, folder: Path, rows: list[int]) -> bytes:
+    """A bit of the member `a.npy` of some rows of the shard."""
+    index, flipped = read_index(folder / "shard-00000.tar"), bytearray(data)
+    for row in rows:
+        flipped[int(index.block_offsets[row, index.members.index("a.npy")]) * 512 + 100] ^= 1
+    return bytes(flipped)
+
+
+def cached_shard(tmp_path: Path, size: int) -> Path:
+    """The one cached file that is larger than an index."""
+    (found,) = (path for path in (tmp_path / "cache").rglob("*-*-*") if path.stat().st_size > size // 2)
+    return found
+
+
+def test_bytes_that_went_bad_in_the_cache_are_fetched_again_once(
+    one_shard: tuple[Path, list[str]], bucket: Bucket, make: Make, tmp_path: Path
+) -> None:
+    folder, forgotten = one_shard
+    whole = (folder / "shard-00000.tar").read_bytes()
+    dataset = open_training(make(bucket.upload(folder, "one"), bucket.endpoint, "data.lanes=1"), 0, 0).dataset
+    local = open_training(make(folder, None, "data.lanes=1"), 0, 0).dataset
+    expected = dict(local.read(local.locate(0)))
+    raw = dataset.locate(0)
+    cached = cached_shard(tmp_path, len(whole))
+    start = int(cached.name.split("-")[1])
+    cached.write_bytes(flip(whole, folder, [3, 9, 17, 20])[start : start + cached.stat().st_size])
+    assert dict(dataset.read(raw)) == expected and len(expected) == 24 and raw.faults == []
+    assert len(forgotten) == 1, "and what comes after in the batch is read from the new bytes"
+
+
+def test_bytes_that_are_bad_in_the_store_are_told_after_one_more_try(
+    one_shard: tuple[Path, list[str]], bucket: Bucket, make: Make
+) -> None:
+    folder, forgotten = one_shard
+    url = bucket.upload(folder, "one")
+    bucket.put("one/shard-00000.tar", flip((folder / "shard-00000.tar").read_bytes(), folder, [3, 9, 17, 20]))
+    dataset = open_training(make(url, bucket.endpoint, "data.lanes=1"), 0, 0).dataset
+    forgotten.clear()
+    raw = dataset.locate(0)
+    assert len(dict(dataset.read(raw))) == 20
+    assert sorted((fault.kind, fault.row) for fault in raw.faults) == [("checksum", row) for row in (3, 9, 17, 20)]
+    assert len(forgotten) == 1

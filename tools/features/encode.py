@@ -20,6 +20,7 @@ from symile_dist.tools.features.snippet import feature_config, feature_shapes, s
 from symile_dist.tools.shard_folder import (
     compare_parameters,
     damaged_plan,
+    not_complete,
     parse_part,
     read_plan,
     refuse_strangers,
@@ -272,11 +273,7 @@ def format_summary(summary: dict[str, Any]) -> str:
         if len(left_out) > 20:
             lines.append(f"    (and {len(left_out) - 20} more: SHARD.left-out.jsonl beside the shards)")
     if summary["missing_shards"]:
-        parts = ", ".join(f"{name} ({count})" for name, count in summary["missing_parts"].items())
-        lines.append(
-            f"  not complete: {summary['missing_shards']} shards are missing, of the parts {parts}; the manifest is "
-            "written when the last one is there"
-        )
+        lines.append(not_complete(summary["missing_shards"], summary["missing_parts"]))
         return "\n".join(lines)
     for name in summary["modalities"]:
         if name not in summary["features"]:

@@ -23,7 +23,7 @@ from symile_dist.errors import RunFailed
 from symile_dist.storage import write_atomic
 from symile_dist.tools.pack.plan import LOCK, Plan, Shard, check_folder, make_plan
 from symile_dist.tools.pack.source import Progress, Row, Source, tar_bytes
-from symile_dist.tools.shard_folder import check_space, parse_part, tidy, work_in
+from symile_dist.tools.shard_folder import check_space, not_complete, parse_part, tidy, work_in
 
 SHARD_BYTES = 256_000_000
 """Some seconds of reading; small enough that an epoch's shuffle has many of them."""
@@ -210,9 +210,5 @@ def _message(summary: dict[str, Any]) -> str:
     lines += [f"  {count} samples lack {column}" for column, count in summary["absent"].items()]
     lines += [f"  {remark}" for remark in summary["remarks"]]
     if summary["missing_shards"]:
-        parts = ", ".join(f"{name} ({count})" for name, count in summary["missing_parts"].items())
-        lines.append(
-            f"  not complete: {summary['missing_shards']} shards are missing, of the parts {parts}; the manifest is "
-            "written when the last one is there"
-        )
+        lines.append(not_complete(summary["missing_shards"], summary["missing_parts"]))
     return "\n".join(lines)
