@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,7 +63,6 @@ def _resume(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    import os
 
     from symile_dist.tools.evaluate import evaluate_run, format_results
 
@@ -893,6 +893,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if overrides:
         options.overrides = [*options.overrides, *overrides]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    # Read when torch is loaded. Where processes share cores, threads that spin while they wait cost more than the work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         return int(options.run_command(options))
     except ValueError as error:

@@ -307,6 +307,9 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the encoders; the objective is computed in fp32 in any. fp16 scales the loss (its options:
     deepspeed.fp16) and skips steps whose gradients exceed its range; it needs zero_stage 1 or more."""
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """How float32 matrices are multiplied, in encoders and objective: `high` lets CUDA devices take TF32, `medium` also
+    lets CPUs that can take bf16, with sums in float32 (torch.set_float32_matmul_precision)."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO: 1 shards the optimizer state, 2 also gradients, 3 also parameters."""
     offload: Literal["none", "optimizer", "parameters"] = "none"

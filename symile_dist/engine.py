@@ -177,6 +177,7 @@ class Engine:
         self._finite = torch.tensor(True)  # the loss of the step
         self._managed = not _adds_up_by_itself(config)
         self.dtype = DTYPES[config.train.precision]
+        torch.set_float32_matmul_precision(config.train.float32_matmul_precision)
         deepspeed = import_deepspeed(device)
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
         settings = deepspeed_config(config)

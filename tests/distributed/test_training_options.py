@@ -184,12 +184,19 @@ def every_case(text_model: str, directory: str) -> dict[str, Any]:
     found["checkpoints"] = {stage: checkpoints(text_model, Path(directory), stage) for stage in (0, 2, 3)}
     found["warm start"] = warm_start(text_model)
     found["synchronized"] = synchronized(text_model)
+    found["products"] = [products(text_model, precision) for precision in ("medium", "high", "highest")]
     return found
 
 
 def alone(text_model: str, directory: str) -> dict[str, Any]:
     """What one process finds, without others."""
     return {"synchronized": synchronized(text_model), "loop": train_with_overflow(directory)}
+
+
+def products(text_model: str, precision: str) -> str:
+    """How float32 matrices are multiplied once an engine is there."""
+    started(text_model, f"train.float32_matmul_precision={precision}")
+    return torch.get_float32_matmul_precision()
 
 
 def overflow(text_model: str, stage: int) -> dict[str, Any]:
@@ -386,6 +393,11 @@ def test_two_ranks_normalise_like_one(ranks: list[Any], lone_rank: dict[str, Any
         for name, weights in expected["weights"].items():
             error = difference(name, found["weights"][name], weights)
             assert error < 1e-4, f"{name}: relative error {error:.1e}"
+
+
+def test_precision_of_products_is_the_configured_one(ranks: list[Any]) -> None:
+    for rank in ranks:
+        assert rank["products"] == ["medium", "high", "highest"]
 
 
 # -- the loop ---------------------------------------------------------------------------------------------------------

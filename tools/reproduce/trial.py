@@ -12,6 +12,7 @@ import queue
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -95,34 +96,45 @@ def _run_in_pool(
     processes = min(processes, len(trials))
     threads = max(1, (os.cpu_count() or 1) // processes)
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Manager() as manager:
-        steps = manager.Queue()
-        executor = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_begin, initargs=(threads,))
-        try:
-            waiting: dict[Future[dict[str, Any]], int] = {
-                executor.submit(_run, trial, number, steps): number for number, trial in trials.items()
-            }
-            while waiting:
-                finished, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    number = waiting.pop(future)
-                    results[number], done[number] = future.result(), trials[number].config.train.steps
-                while True:
-                    try:
-                        number, step = steps.get_nowait()
-                    except queue.Empty:
-                        break
-                    done[number] = max(done[number], step)
-                report()
-        except BrokenProcessPool:
-            raise RunFailed("a trial's process was killed (out of memory?); the same command again goes on") from None
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
+    steps = spawn.Queue()
+    others = set(multiprocessing.active_children())
+    executor = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_begin, initargs=(threads, steps))
+    try:
+        waiting: dict[Future[dict[str, Any]], int] = {
+            executor.submit(_run, trial, number): number for number, trial in trials.items()
+        }
+        while waiting:
+            finished, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in finished:
+                number = waiting.pop(future)
+                results[number], done[number] = future.result(), trials[number].config.train.steps
+            while True:
+                try:
+                    number, step = steps.get_nowait()
+                except queue.Empty:
+                    break
+                done[number] = max(done[number], step)
+            report()
+    except BaseException as error:
+        # Running trials are not waited for: they go on from their checkpoints when the command is given again.
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        if not isinstance(error, BrokenProcessPool):
+            raise
+        raise RunFailed("a trial's process was killed (out of memory?); the same command again goes on") from None
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
     return results
 
 
-def _begin(threads: int) -> None:
+_steps: Any = None
+"""Of a process of the pool: the queue that is told (number, step)."""
+
+
+def _begin(threads: int, steps: Any) -> None:
     """Makes a process of the pool ready: a process group of its own, and an end when its parent is gone."""
+    global _steps
+    _steps = steps
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -151,18 +163,19 @@ def _finished(trial: Trial) -> dict[str, Any] | None:
     return found if same and found.get("evaluated_by") == trial.evaluate.__name__ else None
 
 
-def _run(trial: Trial, number: int = 0, steps: Any = None) -> dict[str, Any]:
-    """Trains and evaluates. `steps`: a queue that is told (number, step)."""
+def _run(trial: Trial, number: int = 0) -> dict[str, Any]:
+    """Trains and evaluates."""
 
     def publish(record: dict[str, Any]) -> None:
-        if steps is not None:
-            steps.put((number, int(record.get("step", 0))))
+        if _steps is not None:
+            _steps.put((number, int(record.get("step", 0))))
 
     with locked(trial.folder):
         return _train_and_evaluate(trial, Recorder(publish=publish))
 
 
 def _train_and_evaluate(trial: Trial, recorder: Recorder) -> dict[str, Any]:
+    begin = time.monotonic()
     config, folder = trial.config, trial.folder
     another = (folder / CONFIG_FILE).exists() and load_run(folder).digest() != config.digest()
     prepare(config, fresh=another, resume=not another)
@@ -180,5 +193,6 @@ def _train_and_evaluate(trial: Trial, recorder: Recorder) -> dict[str, Any]:
         "validation": [record for record in history if record["kind"] == "validation"],
         "evaluation": trial.evaluate(folder),
     }
+    results["seconds"] = time.monotonic() - begin
     write_json(folder / TRIAL_FILE, results)
     return results

@@ -223,7 +223,7 @@ def parity_split(count: int, split: str) -> Split:
 
 def run_eight(lab: Lab) -> Report:
     """Eight modalities of one bit, of which only all together tell the last."""
-    steps = lab.size(500, 200, 30)
+    steps = lab.size(500, 400, 30)
     samples = {split: count // (10 if lab.tiny else 1) for split, count in SAMPLES.items()}
     folder = write_dataset(
         lab.data(f"xor-8{'-tiny' if lab.tiny else ''}"),
