@@ -16,6 +16,7 @@ _PUBLIC = {
     "PairwiseSigmoidLoss": "symile_dist.objectives.sigmoid",
     "GramLoss": "symile_dist.objectives.geometry",
     "TriangleLoss": "symile_dist.objectives.geometry",
+    "ConFuLoss": "symile_dist.objectives.confu",
     "WPSELoss": "symile_dist.objectives.wpse",
     "MIPSimilarity": "symile_dist.similarity",
     "Batch": "symile_dist.types",

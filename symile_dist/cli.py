@@ -401,8 +401,10 @@ def _reproduce(options: argparse.Namespace) -> int:
     from symile_dist.tools.reproduce.experiments import default_out, reproduce, show, summarize
     from symile_dist.tools.reproduce.lab import Lab
     from symile_dist.tools.reproduce.names import EXPERIMENTS
-    from symile_dist.tools.reproduce.publish import publish
+    from symile_dist.tools.reproduce.publish import check_page, publish
 
+    if options.publish:
+        check_page(Path(options.publish))
     if any(number is not None and number < 1 for number in (options.seeds, options.processes)):
         raise ValueError("--seeds and --processes should be 1 or more")
     out = Path(options.out) if options.out else default_out(options.quick)
@@ -893,6 +895,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if overrides:
         options.overrides = [*options.overrides, *overrides]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    # It has a handler of its own: each of its attempts to reach the hub would be told twice.
+    logging.getLogger("huggingface_hub").propagate = False
     # Read when torch is loaded. Where processes share cores, threads that spin while they wait cost more than the work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:

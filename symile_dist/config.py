@@ -379,6 +379,10 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; without it only the last step is saved."""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """How many of the newest are kept; the best by validation is kept beside them."""
+    keep_every: Positive | None = None
+    """Checkpoints of steps that this divides are kept for good."""
+    max_failures: Positive = 3
+    """The run stops when this many saves in a row have failed, of a full disk for instance."""
 
 
 class RayConfig(Section):

@@ -11,15 +11,15 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from symile_dist.checkpoint.manifest import INNER_FILE
-from symile_dist.checkpoint.reshape import read_inner
+from symile_dist.checkpoint.manifest import CheckpointError
+from symile_dist.checkpoint.pieces import pieces_of, restore, saved_tensors, spread_weights
+from symile_dist.checkpoint.shards import PIECES, Shards
 from symile_dist.config import Config
 from symile_dist.distributed import host_group, world_size
 from symile_dist.encoders.batch_norm import convert_batch_norms
@@ -197,10 +197,6 @@ class Engine:
             """Names of the parameters that began with the other run's weights."""
             optimizer = make_optimizer(module, config)
             self._peak_learning_rates = [group["peak_lr"] for group in optimizer.param_groups]
-            self._hyperparameters = [
-                {key: group[key] for key in ("betas", "eps", "weight_decay", "peak_lr")}
-                for group in optimizer.param_groups
-            ]
             self.deepspeed, *_ = deepspeed.initialize(model=module.to(device), optimizer=optimizer, config=settings)
         inner = module.inner_modules()
         self.inner = InnerOptimizer(inner, config.optimizer.inner) if inner else None
@@ -367,21 +363,51 @@ class Engine:
         with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")), torch.no_grad():
             return float(self.module.model.multiplier())
 
-    def save(self, directory: Path, tag: str) -> None:
-        """Writes this rank's shard (and what rank 0 writes for all) into directory/tag."""
-        self.deepspeed.save_checkpoint(str(directory), tag=tag, save_latest=False)
-        if self.inner and dist.get_rank() == 0:
-            state = {"weights": self.module.inner_state(), "optimizer": self.inner.state_dict()}
-            torch.save(state, directory / tag / INNER_FILE)
+    def saved_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What this rank keeps of the training state, for a checkpoint: tensors by `KIND/NAME`, as views of those that
+        are trained on, and what else there is, as JSON."""
+        optimizer, rank = self.deepspeed.optimizer, dist.get_rank()
+        pieces = list(pieces_of(self.module, optimizer, rank, world_size(), dealt=True))
+        tensors = saved_tensors(pieces, optimizer)
+        if rank == 0:  # the same on all
+            tensors |= {f"buffers/{name}": buffer for name, buffer in self._persistent_buffers().items()}
+            tensors |= {f"inner/{name}": tensor for name, tensor in self.module.inner_state().items()}
+            adam = self.inner.tensors() if self.inner else {}
+            tensors |= {f"inner_adam/{name}": tensor for name, tensor in adam.items()}
+        scaler = getattr(optimizer, "loss_scaler", None)
+        return tensors, {
+            PIECES: {piece.name: [piece.start, piece.start + piece.length, piece.shape] for piece in pieces},
+            "loss_scaler": {name: getattr(scaler, name) for name in LOSS_SCALER if hasattr(scaler, name)},
+        }
 
-    def load(self, directory: Path, tag: str) -> None:
-        """Reads what `save` wrote, at the same world size and ZeRO stage. Verify it first: torch unpickles it."""
-        path, _ = self.deepspeed.load_checkpoint(str(directory), tag=tag)
-        # DeepSpeed puts the checkpoint's hyper-parameters back, but those of the config hold: resume may change them.
-        for group, hyperparameters in zip(self.deepspeed.optimizer.param_groups, self._hyperparameters, strict=True):
-            group.update(hyperparameters)
-        assert path is not None, f"DeepSpeed found nothing under {directory}/{tag} although its manifest was verified"
+    def restore(self, saved: Shards) -> None:
+        """Puts a checkpoint's training state in the place of this rank's; all ranks call it.
+
+        Raises CheckpointError where it is another model's.
+        """
+        optimizer = self.deepspeed.optimizer
+        own = dict(self.module.named_parameters())
+        if saved.shapes().keys() != own.keys():
+            other = sorted(saved.shapes().keys() ^ own.keys())
+            words = ", ".join(other[:3])
+            raise CheckpointError(f"{saved.folder}: is of another model: only one of the two has {words}")
+        restore(list(pieces_of(self.module, optimizer, dist.get_rank(), world_size(), dealt=False)), optimizer, saved)
+        spread_weights(optimizer)
+        statistics = saved.of_rank(0, "buffers")
+        for name, buffer in self._persistent_buffers().items():
+            if name in statistics:
+                buffer.copy_(statistics[name])
         if self.inner:
-            state = read_inner(directory / tag)
-            self.module.load_inner(state["weights"])
-            self.inner.load_state_dict(state["optimizer"])
+            self.module.load_inner(saved.of_rank(0, "inner"))
+            self.inner.load_tensors(saved.of_rank(0, "inner_adam"))
+        if self.dtype == torch.float16:
+            for name, value in saved.metadata(0)["loss_scaler"].items():
+                setattr(optimizer.loss_scaler, name, value)
+
+    def _persistent_buffers(self) -> dict[str, Tensor]:
+        kept = self.module.state_dict(keep_vars=True)
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in kept}
+
+
+LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What fp16's scaler remembers."""

@@ -8,7 +8,6 @@ takes the same steps: the ranks' gradients are averaged, and Adam does the rest.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +43,18 @@ class InnerOptimizer:
         self.adam.zero_grad()
         return True
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.adam.state_dict()
+    def tensors(self) -> dict[str, Tensor]:
+        """Adam's state, as `NUMBER.NAME` of each parameter."""
+        return {
+            f"{number}.{name}": value
+            for number, parameter in enumerate(self.parameters)
+            for name, value in self.adam.state.get(parameter, {}).items()
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.adam.load_state_dict(state)
-        for group in self.adam.param_groups:  # the config's hold: resume may change them
-            group.update(lr=self.config.lr, betas=self.config.betas, eps=self.config.eps)
+    def load_tensors(self, saved: Mapping[str, Tensor]) -> None:
+        """Puts what `tensors` gave in the place of Adam's state."""
+        for key, value in saved.items():
+            number, _, name = key.partition(".")
+            parameter = self.parameters[int(number)]
+            # Adam counts on the host.
+            self.adam.state[parameter][name] = value.clone() if name == "step" else value.clone().to(parameter.device)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from symile_dist.checkpoint.manifest import CHECKPOINTS, CheckpointError, check_fits, complete_checkpoints
+from symile_dist.checkpoint.manifest import CHECKPOINTS, CheckpointError, complete_checkpoints
 from symile_dist.checkpoint.manifest import read_manifest as read_checkpoint
 from symile_dist.config import Config
 from symile_dist.data.index import ShardError
@@ -128,7 +128,6 @@ def _check_continues(config: Config) -> None:
             f"{config.run_directory}: a run cannot go on with another model ({'; '.join(fixed[:3])}); begin a new run "
             f"with run.init_from={config.run_directory}"
         )
-    check_fits(manifest, config.world_size, config.train.zero_stage, config.train.precision)
     open_training(config, rank=0, start_step=manifest.step, saved=manifest.loader_state)
 
 

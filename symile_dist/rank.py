@@ -56,7 +56,10 @@ def train_rank(config: Config, rank: int, device: torch.device, recorder: Record
         recorder.event(0, f"warm start: {len(engine.warm_started)} of {total} parameters from {source}")
     validator = Validator(config, engine) if config.data.validation else None
     _log_start(config, engine, manifest)
-    return train(config, engine, loader, validator, checkpoints, recorder, state)
+    try:
+        return train(config, engine, loader, validator, checkpoints, recorder, state)
+    finally:
+        checkpoints.close()
 
 
 def _log_start(config: Config, engine: Engine, manifest: Manifest | None) -> None:

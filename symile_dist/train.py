@@ -70,7 +70,10 @@ def train(
             _validate(config, state, validator, recorder)
         if "save" in due:
             _save(engine, loader, checkpoints, recorder, state)
+        _tell_saves(checkpoints, recorder, state)
         last = time.perf_counter()
+    checkpoints.finish()
+    _tell_saves(checkpoints, recorder, state)
     return state
 
 
@@ -197,6 +200,15 @@ def _save(
 ) -> None:
     recorder.flush()
     with recorder.phase("checkpoint"):
-        size, seconds = checkpoints.save(engine, state.step, asdict(state), loader.state)
-    recorder.checkpoint_record(state.step, state.samples_seen, size, seconds)
+        checkpoints.save(engine, state.step, asdict(state), loader.state)
     recorder.restart_clock()
+
+
+def _tell_saves(checkpoints: CheckpointManager, recorder: Recorder, state: TrainState) -> None:
+    """Of saves that have come to their end behind the loop."""
+    for saved in checkpoints.news():
+        if saved.problem:
+            recorder.event(state.step, f"checkpoint of step {saved.step} not saved: {saved.problem}", level="warning")
+        else:
+            samples_seen = saved.train_state["samples_seen"]
+            recorder.checkpoint_record(saved.step, samples_seen, saved.size, saved.seconds, saved.stall)

@@ -67,6 +67,8 @@ from symile_dist.validate import (
 )
 
 METRICS = ("retrieval", "statistics")
+RESULTS = "evaluation"
+"""The folder of a run's directory that results are written to."""
 PROBE_SAMPLES = 20_000
 
 
@@ -245,6 +247,13 @@ def evaluate_run(
         raise ValueError(f"--metrics {unknown[0]}: choose some of {', '.join(METRICS)}, or none")
     if resamples is not None and resamples < 2:
         raise ValueError(f"--resamples {resamples}: a standard error needs two or more")
+    for option, limit in (("--max-samples", max_samples), ("--probe-samples", probe_samples)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"{option} {limit}: should be 1 or more")
+    if directions is not None and not directions:
+        raise ValueError("--directions names none: --metrics statistics leaves retrieval out")
+    if export is not None and Path(export).is_dir():
+        raise ValueError(f"--export {export}: is a folder; name a file")
     where = find_device(device)
     with processes_of_torchrun(where):
         trained, folder = _trained(run, step, [*overrides, *_as_overrides(resamples, directions, recall_at)], where)
@@ -266,6 +275,10 @@ def evaluate_run(
             "shards": directory,
         }
         measured = bool(metrics or task or probe)
+        if write and measured and rank() == 0:
+            (config.run_directory / RESULTS).mkdir(
+                exist_ok=True
+            )  # what cannot be written should be told before the pass
         parts = _Kept(found.parts, keep=measured)
         if export is not None:
             about = {
@@ -283,9 +296,10 @@ def evaluate_run(
         results |= {
             "samples": len(held_out.labels),
             "classes": len(set(held_out.labels)),
-            "loss": held_out.loss,
-            **bound_values(trained.module.objective, held_out, config.train.global_batch_size),
+            "loss": number(held_out.loss),
         }
+        bounds = bound_values(trained.module.objective, held_out, config.train.global_batch_size)
+        results |= {name: number(value) for name, value in bounds.items()}
         if "retrieval" in metrics:
             results |= _retrieval(trained, held_out)
         if "statistics" in metrics:
@@ -297,7 +311,7 @@ def evaluate_run(
         results["device"], results["seconds"] = str(where.type), time.perf_counter() - begin
         results = broadcast_object(results)  # the time is each process's own
         if write and measured and rank() == 0:
-            _write(config.run_directory / "evaluation", results, figure)
+            _write(config.run_directory / RESULTS, results, figure)
     return results
 
 

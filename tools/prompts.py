@@ -48,10 +48,11 @@ class ZeroShotTask:
 def read_task(path: str | Path, config: Config) -> ZeroShotTask:
     """Reads the file and fits it to a run's modalities. Raises ValueError, naming the file, for what is wrong."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        # Everything is text as it stands there: the labels 01, 1.0 and no are not 1, 1 and false.
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; it should hold templates and classes (docs/evaluation.md)") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
     try:
         return _task(content, config)
@@ -65,38 +66,52 @@ def _task(content: Any, config: Config) -> ZeroShotTask:
         raise ValueError("should be a map with `templates` and `classes`")
     for key in content:
         if key not in known:
-            raise ValueError(f"unknown key '{key}'{suggestion(str(key), known)}")
+            raise ValueError(f"unknown key '{key}'{suggestion(key, known)}")
     names = list(config.modalities)
     readers = [name for name, modality in config.modalities.items() if modality.decoder.name == "text"]
     if "text" not in content and len(readers) != 1:
         raise ValueError(f"`text` should name the modality that reads the prompts, one of {', '.join(names)}")
-    text = str(content.get("text", readers[0] if readers else ""))
-    queries = content.get("queries", [[name] for name in names if name != text])
+    text = content.get("text", readers[0] if readers else "")
+    queries = content.get("queries", [name for name in names if name != text])
+    queries = [queries] if isinstance(queries, str) else queries
     queries = [[query] if isinstance(query, str) else query for query in queries]
+    if not queries or not all(_are_texts(query) for query in queries):
+        raise ValueError("`queries` should be a list of modalities, or of lists of them")
     for name in [text, *(name for query in queries for name in query)]:
         if name not in names:
             raise ValueError(f"no modality '{name}'{suggestion(str(name), names)}")
-    if any(text in query for query in queries) or not queries or not all(queries):
+    if any(text in query for query in queries):
         raise ValueError(f"`queries` should name modalities other than '{text}'")
     classes = content.get("classes")
-    if isinstance(classes, list):
+    if _are_texts(classes):
         classes = {name: name for name in classes}
     if not isinstance(classes, dict) or len(classes) < 2:
-        raise ValueError("`classes` should be a map of labels to names, two or more")
+        raise ValueError("`classes` should be a map of labels to names, or a list of names, two or more")
+    named = {label: [found] if isinstance(found, str) else found for label, found in classes.items()}
+    for label, found in named.items():
+        if not _are_texts(found):
+            raise ValueError(f"`classes`: '{label}' should have a name, or a list of names")
     templates = content.get("templates", ["{}"])
-    if not isinstance(templates, list) or not templates or not all("{}" in str(template) for template in templates):
+    if not _are_texts(templates) or not all("{}" in template for template in templates):
         raise ValueError("`templates` should be a list of texts, each with {} where the name goes")
-    named = {str(label): found if isinstance(found, list) else [found] for label, found in classes.items()}
+    normalize = content.get("normalize")
+    if normalize not in (None, "true", "false"):
+        raise ValueError(f"`normalize` should be true or false, not {normalize!r}")
     return ZeroShotTask(
         text=text,
-        queries=tuple(tuple(query) for query in queries),
-        normalize=content.get("normalize"),
+        # In the order of the config, which similarities of one direction go by.
+        queries=tuple(dict.fromkeys(tuple(name for name in names if name in query) for query in queries)),
+        normalize=None if normalize is None else normalize == "true",
         labels=tuple(named),
         prompts=tuple(
-            tuple(str(template).replace("{}", str(name)) for name in found for template in templates)
-            for found in named.values()
+            tuple(template.replace("{}", name) for name in found for template in templates) for found in named.values()
         ),
     )
+
+
+def _are_texts(value: Any) -> bool:
+    """Whether it is a list of one text or more, none of them empty."""
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) and text for text in value)
 
 
 def encoded_classes(

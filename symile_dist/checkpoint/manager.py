@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import os
 import random
+import secrets
 import shutil
+import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import symile_dist
 from symile_dist.checkpoint.manifest import (
@@ -20,57 +25,63 @@ from symile_dist.checkpoint.manifest import (
     CheckpointError,
     FileEntry,
     Manifest,
-    check_fits,
     checkpoint_folders,
     complete_checkpoints,
     folder_name,
     read_manifest,
-    unlisted_files,
     verify,
 )
+from symile_dist.checkpoint.shard import HostCopy
+from symile_dist.checkpoint.shards import Shards
 from symile_dist.config import Config
 from symile_dist.distributed import barrier, broadcast_object, gather_objects, rank, world_size
-from symile_dist.storage import sha256_of_file, sync_directory
+from symile_dist.errors import RunStopped
+from symile_dist.failpoints import failpoint
+from symile_dist.storage import read_json, sync_directory, write_json
 
 logger = logging.getLogger(__name__)
+POLL_SECONDS = 0.02
+CLOSE_SECONDS = 10.0
+"""How long the end of a run that failed waits for a save that is on its way."""
 
 
-class SavesShards(Protocol):
+class HasState(Protocol):
     """What the manager needs of an engine."""
 
-    def save(self, directory: Path, tag: str) -> None: ...
-    def load(self, directory: Path, tag: str) -> None: ...
+    def saved_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+    def restore(self, saved: Shards) -> None: ...
 
 
-def seed_everything(seed: int, rank: int) -> None:
+def seed_everything(seed: int, rank: int, step: int = 0) -> None:
     """Seeds torch, numpy and python for what encoders draw (dropout): differently on each rank."""
-    torch.manual_seed(seed * 1_000_003 + rank + 1)
-    np.random.seed((seed * 1_000_003 + rank + 1) % 2**32)
-    random.seed(f"{seed}-{rank}")
+    number = seed * 1_000_003 + rank + 1 + step * 7_368_787
+    torch.manual_seed(number)
+    np.random.seed(number % 2**32)
+    random.seed(f"{seed}-{rank}" if step == 0 else f"{seed}-{rank}-{step}")
 
 
-def _rng_state() -> dict[str, Any]:
-    """The state of every global generator, in types that torch.load reads with weights_only."""
+def _rng_state() -> tuple[dict[str, Tensor], list[Any]]:
+    """The state of every global generator: tensors, and what else there is, as JSON."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     assert isinstance(keys, np.ndarray)
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
-        "python": list(random.getstate()[1]),
-        "python_gauss": random.getstate()[2],
+    version, words, gauss = random.getstate()
+    tensors = {
+        "rng/torch": torch.get_rng_state(),
+        "rng/numpy": torch.from_numpy(keys.astype(np.int64)),
+        "rng/python": torch.tensor(words, dtype=torch.int64),
     }
     if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    return tensors, [[str(name), int(position), int(has_gauss), float(cached)], [version, gauss]]
 
 
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    random.setstate((3, tuple(state["python"]), state["python_gauss"]))
-    if "cuda" in state and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])
+def _set_rng_state(tensors: dict[str, Tensor], rest: list[Any]) -> None:
+    (name, *numbers), (version, gauss) = rest
+    torch.set_rng_state(tensors["torch"])
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), *numbers))
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+    if "cuda" in tensors and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(tensors["cuda"])
 
 
 def _remove(folder: Path) -> None:
@@ -79,68 +90,207 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-class CheckpointManager:
-    """The checkpoints of one run; every method is called by all ranks, in step.
+class Saved(NamedTuple):
+    """A save that has come to its end."""
 
-    A save: every rank writes its ZeRO shard and RNG state, syncs, hashes; when all are done rank 0 writes the
-    manifest. Killed at any moment before that, the folder is no checkpoint and the next save of its step clears it.
+    step: int
+    size: int
+    """bytes of all files; of this rank's where it is not rank 0"""
+    seconds: float
+    """from the copy to the commit; to this rank's file on ranks other than 0"""
+    stall: float
+    """seconds that the step loop stood still"""
+    train_state: dict[str, Any]
+    """of that step"""
+    problem: str | None
+    """Why there is no such checkpoint."""
+
+
+class _Save(threading.Thread):
+    """One save behind the step loop: this rank's file; on rank 0 the manifest too, once every rank's file is there."""
+
+    def __init__(
+        self, copy: HostCopy, folder: Path, token: str, manifest: Manifest, committed: Callable[[], None]
+    ) -> None:
+        """
+        Args:
+            token: of the files' names, which no other attempt has.
+            manifest: still without files.
+            committed: called by rank 0 when it is done.
+        """
+        super().__init__(name="checkpoint", daemon=True)
+        self.copy, self.folder, self.token = copy, folder, token
+        self.manifest, self.committed = manifest, committed
+        self.rank, self.world_size, self.step = rank(), world_size(), manifest.step
+        self.begin, self.seconds, self.stall = time.perf_counter(), 0.0, 0.0
+        self.size = copy.size
+        self.problem: str | None = None
+        self.written, self.cancelled = threading.Event(), threading.Event()
+
+    def file(self, number: int, suffix: str) -> Path:
+        return self.folder / f"rank-{number:05d}.{self.token}.{suffix}"
+
+    def run(self) -> None:
+        try:
+            self._write()
+            self.written.set()
+            if self.rank == 0:
+                self._commit()
+        except Exception as error:  # a full disk, a folder that is gone: told when the ranks next agree
+            self.problem = f"{type(error).__name__}: {error}"
+            self.file(self.rank, "safetensors").unlink(missing_ok=True)
+        finally:
+            self.seconds = time.perf_counter() - self.begin
+            self.written.set()
+
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        failpoint("checkpoint.begun", self.rank, self.step)
+        path = self.file(self.rank, "safetensors")
+        digest = self.copy.write(path, lambda: failpoint("checkpoint.half_written", self.rank, self.step))
+        failpoint("checkpoint.written", self.rank, self.step)
+        write_json(self.file(self.rank, "json"), {"path": path.name, "size": self.copy.size, "sha256": digest})
+
+    def _commit(self) -> None:
+        entries: list[FileEntry] = []
+        while len(entries) < self.world_size:
+            if self.cancelled.wait(0 if self.file(len(entries), "json").exists() else POLL_SECONDS):
+                raise OSError("another rank could not write its file")
+            if self.file(len(entries), "json").exists():
+                entries.append(FileEntry(**read_json(self.file(len(entries), "json"))))
+        self.size = sum(entry.size for entry in entries)
+        sync_directory(self.folder)
+        failpoint("checkpoint.before_manifest", self.rank, self.step)
+        replace(self.manifest, files=tuple(entries)).write(self.folder)
+        sync_directory(self.folder.parent)
+        failpoint("checkpoint.committed", self.rank, self.step)
+        self.committed()
+
+    def outcome(self) -> Saved:
+        return Saved(self.step, self.size, self.seconds, self.stall, self.manifest.train_state, self.problem)
+
+
+class CheckpointManager:
+    """The checkpoints of one run; every method but `news` and `close` is called by all ranks, in step.
+
+    A save: every rank copies what it keeps into the host's memory, and goes on training. Behind it a thread writes that
+    to a file of a name that no other attempt has, durably; when every rank's is there, rank 0 writes the manifest.
+    Killed at any moment before that, the folder is no checkpoint.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, fence: int = 0) -> None:
+        """`fence`: the number under which this process group holds the run."""
+        self.config, self.fence = config, fence
         self.directory = config.run_directory / CHECKPOINTS
+        self._copy = HostCopy()
+        self._token = broadcast_object(secrets.token_hex(4))
+        self._saves = 0
+        self._running: _Save | None = None
+        self._ended: list[Saved] = []
+        self._told = -1
+        self._failures = 0
+
+    # -- saving ------------------------------------------------------------------------------------------------------
 
     def save(
-        self, engine: SavesShards, step: int, train_state: dict[str, Any], loader_state: dict[str, Any]
-    ) -> tuple[int, float]:
-        """Saves a checkpoint; returns (bytes of all files, seconds)."""
+        self, engine: HasState, step: int, train_state: dict[str, Any], loader_state: dict[str, Any], wait: bool = False
+    ) -> float:
+        """Begins a save and returns how many seconds it held up the caller; with `wait` it is done, too.
+
+        Where the save before is still on its way, that is waited for. Raises RunStopped, on all ranks, where it was the
+        last of `checkpoint.max_failures` in a row that failed.
+        """
         begin = time.perf_counter()
-        folder = self.directory / folder_name(step)
+        self._settle()
+        tensors, metadata = engine.saved_state()
+        rng, rest = _rng_state()
+        self._copy.take(tensors | rng, {key: json.dumps(value) for key, value in (metadata | {"rng": rest}).items()})
+        self._saves += 1
+        manifest = Manifest(
+            step=step,
+            world_size=world_size(),
+            zero_stage=self.config.train.zero_stage,
+            precision=self.config.train.precision,
+            config_digest=self.config.digest(),
+            code_version=symile_dist.__version__,
+            fence=self.fence,
+            train_state=train_state,
+            loader_state=loader_state,
+            files=(),
+        )
+        save = _Save(
+            self._copy,
+            self.directory / folder_name(step),
+            f"{self._token}-{self._saves}",
+            manifest,
+            lambda: self._prune(step, train_state.get("best_step")),
+        )
+        save.stall = time.perf_counter() - begin
+        self._running = save
+        save.start()
+        if wait:
+            self._settle()
+        return time.perf_counter() - begin
+
+    def _settle(self) -> None:
+        """Waits for the save that is on its way, and agrees with the other ranks on how it ended."""
+        save = self._running
+        if save is None:
+            return
+        save.written.wait()
+        if any(gather_objects(save.problem)):
+            save.cancelled.set()
+        save.join()
+        problems = [problem for problem in gather_objects(save.problem) if problem]
+        self._running = None
+        self._ended.append(save.outcome()._replace(problem=problems[0] if problems else None))
+        self._failures = self._failures + 1 if problems else 0
+        if not problems:
+            return
         if rank() == 0:
-            if folder.exists():
-                _remove(folder)  # what a killed save left behind, or the same step of an earlier attempt
-            folder.mkdir(parents=True)
-        barrier()
-        engine.save(self.directory, folder.name)
-        torch.save(_rng_state(), folder / f"rng-rank-{rank():05d}.pt")
-        barrier()
-        # Any rank can hash any file, as they share the folder: deal them out evenly.
-        names = broadcast_object(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
-        own: list[FileEntry] = []
-        for name in names[rank() :: world_size()]:
-            path = folder / name
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            own.append(FileEntry(name, path.stat().st_size, sha256_of_file(path)))
-        files = sorted((entry for part in gather_objects(own) for entry in part), key=lambda entry: entry.path)
-        if rank() == 0:
-            sync_directory(folder)
-            Manifest(
-                step=step,
-                world_size=world_size(),
-                zero_stage=self.config.train.zero_stage,
-                precision=self.config.train.precision,
-                config_digest=self.config.digest(),
-                code_version=symile_dist.__version__,
-                train_state=train_state,
-                loader_state=loader_state,
-                files=tuple(files),
-            ).write(folder)
-            sync_directory(self.directory)
-            self._prune(step, best=train_state.get("best_step"))
-        barrier()
-        return sum(entry.size for entry in files), time.perf_counter() - begin
+            logger.warning("checkpoint of step %d could not be saved: %s", save.step, problems[0])
+            if not (save.folder / MANIFEST).exists():
+                shutil.rmtree(save.folder, ignore_errors=True)
+        if self._failures >= self.config.checkpoint.max_failures:
+            raise RunStopped(
+                f"step {save.step}: the last {self._failures} checkpoints could not be saved "
+                f"(checkpoint.max_failures): {problems[0]}. Those before them are whole: make room in "
+                f"{self.directory}, then resume"
+            )
+
+    def news(self) -> list[Saved]:
+        """The saves that have come to an end since the last call; no other rank is asked."""
+        ended, self._ended = self._ended, []
+        if self._running is not None and not self._running.is_alive() and not self._running.problem:
+            ended.append(self._running.outcome())
+        fresh = [each for each in ended if each.problem or each.step != self._told]
+        self._told = next((each.step for each in reversed(ended) if not each.problem), self._told)
+        return fresh
+
+    def finish(self) -> None:
+        """Waits for the last save. Raises RunStopped, on all ranks, where it failed."""
+        self._settle()
+        if self._failures:
+            raise RunStopped(f"the last checkpoint could not be saved in {self.directory}; make room, then resume")
+
+    def close(self) -> None:
+        """At the end of a run that failed: gives a save that is on its way some time to get done."""
+        if self._running is not None:
+            self._running.join(CLOSE_SECONDS)
 
     def _prune(self, step: int, best: int | None) -> None:
-        """Keeps the newest `keep_last` complete checkpoints and the best; removes leftovers of killed saves.
+        """Keeps the newest `keep_last` complete checkpoints, each `keep_every`-th step and the best, no leftovers.
 
-        Also those of later steps: they belong to a future that this run has left by going on from before them.
+        None of later steps: they belong to a future that this run has left by going on from before them.
         """
         complete = [each for each, _ in complete_checkpoints(self.directory) if each <= step]
         kept = {*complete[-self.config.checkpoint.keep_last :], best}
+        every = self.config.checkpoint.keep_every
         for each, folder in checkpoint_folders(self.directory):
-            if each > step or each not in kept:
+            if each > step or not (each in kept or (every and each % every == 0 and each in complete)):
                 _remove(folder)
+
+    # -- loading -----------------------------------------------------------------------------------------------------
 
     def find(self) -> Manifest | None:
         """The newest complete checkpoint whose files all verify; None when the run has none yet.
@@ -154,7 +304,7 @@ class CheckpointManager:
             folder = self.directory / name
             try:
                 manifest = read_manifest(folder)
-                found = verify(folder, manifest.files[rank() :: world_size()]) + unlisted_files(folder, manifest)
+                found = verify(folder, manifest.files[rank() :: world_size()])
             except CheckpointError as error:
                 manifest, found = None, [str(error)]
             bad = sorted({problem for part in gather_objects(found) for problem in part})
@@ -172,14 +322,18 @@ class CheckpointManager:
             )
         return None
 
-    def load(self, engine: SavesShards, manifest: Manifest) -> None:
-        """Loads a checkpoint that `find` verified.
+    def load(self, engine: HasState, manifest: Manifest) -> None:
+        """Loads a checkpoint that `find` verified, of any world size and ZeRO stage.
 
-        Raises CheckpointError when it was saved at another world size, ZeRO stage or precision.
+        Bitwise: masters and moments always, random states at the same world size. Raises CheckpointError where it is of
+        another model.
         """
-        train = self.config.train
-        check_fits(manifest, world_size(), train.zero_stage, train.precision)
-        name = folder_name(manifest.step)
-        engine.load(self.directory, name)
-        path = self.directory / name / f"rng-rank-{rank():05d}.pt"
-        _set_rng_state(torch.load(path, weights_only=True))
+        folder = self.directory / folder_name(manifest.step)
+        saved = Shards(folder, [entry.path for entry in manifest.files], rank())
+        engine.restore(saved)
+        state = saved.of_rank(rank(), "rng")
+        if state and manifest.world_size == world_size():
+            _set_rng_state(state, saved.metadata(rank())["rng"])
+        else:
+            seed_everything(self.config.seed, rank(), manifest.step)
+        barrier()

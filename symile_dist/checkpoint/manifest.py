@@ -17,9 +17,7 @@ from symile_dist.storage import read_json, sha256_of_file, write_json
 CHECKPOINTS = "checkpoints"
 """Folder of a run's directory in which its checkpoints stand."""
 MANIFEST = "manifest.json"
-INNER_FILE = "inner.pt"
-"""Weights of inner modules and their optimizer's state, where the objective has some: the same on every rank."""
-VERSION = 1
+VERSION = 2
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -43,11 +41,14 @@ class Manifest:
     precision: str
     config_digest: str
     code_version: str
+    fence: int
+    """Under which number its writer held the run: that of the lease."""
     train_state: dict[str, Any]
     """The loop's counters."""
     loader_state: dict[str, Any]
     """Where the data stream stands, and what it must be made of."""
     files: tuple[FileEntry, ...]
+    """Of each rank that saved, in order."""
 
     def write(self, folder: Path) -> None:
         write_json(folder / MANIFEST, {"version": VERSION, **asdict(self)})
@@ -79,7 +80,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise CheckpointError(f"{path}: made by another version of symile_dist")
         files = tuple(FileEntry(**entry) for entry in content.pop("files"))
         manifest = Manifest(files=files, **content)
-        numbers = (manifest.step, manifest.world_size, manifest.zero_stage, *(entry.size for entry in files))
+        numbers = [manifest.step, manifest.world_size, manifest.zero_stage, manifest.fence]
+        numbers += [entry.size for entry in files]
         names = (manifest.precision, *(text for entry in files for text in (entry.path, entry.sha256)))
         if not (
             files
@@ -101,27 +103,6 @@ def read_manifest(folder: Path) -> Manifest:
         if Path(entry.path).is_absolute() or ".." in Path(entry.path).parts:
             raise CheckpointError(f"{path}: file name {entry.path!r} leaves the checkpoint's folder")
     return manifest
-
-
-def check_fits(manifest: Manifest, world_size: int, zero_stage: int, precision: str) -> None:
-    """Raises CheckpointError unless the checkpoint was saved at this world size, ZeRO stage and precision."""
-    for what, saved, now in (
-        ("ray.num_workers", manifest.world_size, world_size),
-        ("train.zero_stage", manifest.zero_stage, zero_stage),
-        ("train.precision", manifest.precision, precision),
-    ):
-        if saved != now:
-            raise CheckpointError(
-                f"checkpoint {folder_name(manifest.step)} was saved with {what} = {saved}, this run has {now}; "
-                f"resume with {what}={saved}, or begin a new run with run.init_from"
-            )
-
-
-def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
-    """Files that stand in the folder but not in the manifest: nobody has verified them, so nobody may unpickle them."""
-    listed = {entry.path for entry in manifest.files} | {MANIFEST}
-    there = (str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
-    return [f"{folder / name}: is not in the manifest" for name in sorted(there) if name not in listed]
 
 
 def verify(folder: Path, files: Sequence[FileEntry]) -> list[str]:

@@ -106,6 +106,8 @@ def entries_of_csv(
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"evaluation.candidates.file: {path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"evaluation.candidates.file: {path}: is no text in UTF-8: {error}") from None
     table = csv.DictReader(io.StringIO(text))
     lacking = [name for name in (query, positive, sample) if name not in (table.fieldnames or [])]
     if lacking:

@@ -32,8 +32,8 @@ def format_results(results: Mapping[str, Any]) -> str:
         ]
         parts.append(_table(["linear probe", "accuracy", SPREAD, "C", "validation"], rows))
     parts += _statistics(results)
-    loss = f"loss {results['loss']:.4f}"
-    if "total_correlation_bound" in results:
+    loss = f"loss {_share(results['loss'])}"
+    if results.get("total_correlation_bound") is not None:
         loss += (
             f"; total correlation at least {results['total_correlation_bound']:.3f} nats "
             f"(this bound cannot exceed log N = {results['total_correlation_ceiling']:.3f})"

@@ -141,13 +141,14 @@ class Recorder:
                     self.exporter.set("symile_contrastive_retrieval_accuracy_ratio", value, query=query, k="1")
         self.record("validation", step, samples_seen=samples_seen, **values)
 
-    def checkpoint_record(self, step: int, samples_seen: int, size: int, seconds: float) -> None:
+    def checkpoint_record(self, step: int, samples_seen: int, size: int, seconds: float, stall: float) -> None:
+        """Of a checkpoint that is whole: `seconds` from its beginning to its end, `stall` of them on the step loop."""
         if self.exporter:
             self.exporter.observe("symile_checkpoint_duration_seconds", seconds, op="save")
             self.exporter.set("symile_checkpoint_last_success_timestamp_seconds", time.time())
             if self.history:
                 self.exporter.set("symile_checkpoint_size_bytes", size)
-        self.record("checkpoint", step, samples_seen=samples_seen, bytes=size, seconds=seconds)
+        self.record("checkpoint", step, samples_seen=samples_seen, bytes=size, seconds=seconds, stall_seconds=stall)
 
     def event(self, step: int, message: str, level: str = "info") -> None:
         self.record("event", step, message=message, level=level)

@@ -95,6 +95,8 @@ class ConFuObjective(nn.Module):
         modalities: their names, in order.
         fused_weight: as in `ConFuLoss`.
         hidden: width of the fusions; twice the embedding when left out.
+
+    Raises ValueError for fewer than three modalities, and a width that is none.
     """
 
     def __init__(
@@ -103,6 +105,8 @@ class ConFuObjective(nn.Module):
         super().__init__()
         if len(modalities) < 3:
             raise ValueError(f"a fusion is of two modalities or more, beside a third: got {len(modalities)} in all")
+        if hidden is not None and hidden < 1:
+            raise ValueError(f"hidden = {hidden} should be 1 or more")
         self.modalities = modalities
         self.loss, self.similarity = ConFuLoss(fused_weight=fused_weight), ConFuSimilarity(self)
         width = hidden or 2 * embedding_dim
@@ -122,7 +126,8 @@ class ConFuObjective(nn.Module):
         return fused
 
     def forward(self, outputs: Outputs, batch: Batch, step: int) -> StepReport:
-        representations = list(outputs.representations.values())
+        # No value of an invalid row, not even NaN, may reach a fusion's gradient.
+        representations = [torch.where(batch.valid[:, None], r, 0.0) for r in outputs.representations.values()]
         units = [unit_rows(vector) for vector in representations]
         fused = [
             self.fuse(name, [unit for m, unit in enumerate(units) if m != number]).to(representations[number].dtype)

@@ -126,6 +126,10 @@ class FactorCLObjective(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"objective 'factorcl': {option} = '{value}'{suggestion(str(value), list(known))}")
+        if hidden < 1 or head_layers < 0:
+            raise ValueError(
+                f"objective 'factorcl': hidden = {hidden} should be 1 or more, head_layers = {head_layers} 0 or more"
+            )
         sources = self._sources()
         if self.same_label and label is None:
             raise ValueError("objective 'factorcl': negatives = 'same_label' needs a label")

@@ -115,7 +115,7 @@ class GatedSymileObjective(nn.Module):
         hidden: width of the gates' attention.
         null_init: of the logits of NULL: gates begin at sigmoid(-null_init).
 
-    Raises ValueError for fewer than three modalities, or more than six.
+    Raises ValueError for fewer than three modalities, or more than six, and a width that is none.
     """
 
     bounds_total_correlation = True
@@ -126,6 +126,8 @@ class GatedSymileObjective(nn.Module):
         super().__init__()
         if not 3 <= len(modalities) <= MAX_MODALITIES:
             raise ValueError(f"Gated Symile is for 3 to {MAX_MODALITIES} modalities, got {len(modalities)}")
+        if hidden < 1:
+            raise ValueError(f"hidden = {hidden} should be 1 or more")
         self.seed, self.modalities = seed, modalities
         self.factor = embedding_dim ** ((len(modalities) - 1) / 2)
         self.gate = Gate(len(modalities), embedding_dim, hidden, null_init)

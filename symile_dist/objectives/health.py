@@ -16,7 +16,8 @@ def contrastive_health(representations: list[Tensor], valid: Tensor) -> dict[str
         representations: M tensors (n, D).
         valid: (n,) bool.
     """
-    representations = [tensor.float() for tensor in representations]  # sums of products lose their digits in bf16
+    # Sums of products lose their digits in bf16. A row that does not count may hold NaN, which times zero is NaN.
+    representations = [torch.where(valid[:, None], tensor.float(), 0.0) for tensor in representations]
     weights = valid.to(representations[0].dtype)
     shifted = [tensor.roll(m, dims=0) for m, tensor in enumerate(representations)]
     shifted_weights = torch.stack([weights.roll(m) for m in range(len(representations))]).prod(dim=0)

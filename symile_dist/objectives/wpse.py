@@ -79,6 +79,8 @@ class WPSELoss:
             raise ValueError(f"alphas = {list(alphas)} should be two numbers of 0 or more, not both 0")
         if not isinstance(features, int) or features < 1:
             raise ValueError(f"features = {features!r} should be an integer of 1 or more")
+        if not 0 < epsilon < float("inf"):
+            raise ValueError(f"epsilon = {epsilon} should be positive and finite")
         make_kernel(kernel, bandwidth)
         self.group, self.seed, self.form, self.features, self.epsilon = group, seed, form, features, epsilon
         self.kernel, self.bandwidth, self.alphas = kernel, float(bandwidth), (float(alphas[0]), float(alphas[1]))

@@ -114,28 +114,33 @@ class Watched:
         self.before = inner_weights(self.engine)
         return applied
 
-    def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = self.wrapped.state_dict()
-        return state
+    def tensors(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = self.wrapped.tensors()
+        return found
 
 
 def one_case(precision: str, stage: int, size: int | None, folder: Path) -> dict[str, Any]:
     """A few steps, watched; the checkpoint in their midst, loaded into another engine and gone on from."""
     options = [f"train.precision={precision}", f"train.zero_stage={stage}", f"train.micro_batch_size={size or 'null'}"]
+    from symile_dist.checkpoint.manager import CheckpointManager
+
     engine = start(*options)
+    manager = CheckpointManager(configured(dist.get_world_size(), f"run.directory={folder}"))
     first = outer_weights(engine)
     engine.inner = watched = Watched(engine)
     losses = []
     for step in range(STEPS):
         if step == SAVED:
-            engine.save(folder, "saved")
-            dist.barrier()
+            manager.save(engine, step, {}, {})
         trained = take_step(engine, step)
         losses.append(float(trained.loss))
         assert trained.result.applied and trained.result.inner_applied
     last = {**outer_weights(engine), **inner_weights(engine)}
     again = start(*options, "seed=5")
-    again.load(folder, "saved")
+    manager.finish()
+    saved = manager.find()
+    assert saved is not None
+    manager.load(again, saved)
     resumed = [float(take_step(again, step).loss) for step in range(SAVED, STEPS)]
     return {
         "losses": losses,

@@ -234,7 +234,8 @@ def checkpoints(text_model: str, directory: Path, stage: int) -> dict[str, Any]:
     take_step(engine, 0)
     manager.save(engine, 1, {}, {})
     at_save, scale = weights_of(engine), engine.loss_scale()
-    take_step(engine, 1)
+    take_step(engine, 1)  # while the save is on its way
+    manager.finish()
     other = started(text_model, *overrides)
     manifest = manager.find()
     assert manifest is not None

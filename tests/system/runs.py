@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
-from symile_dist.checkpoint.manifest import complete_checkpoints
+from symile_dist.checkpoint.manifest import complete_checkpoints, read_manifest
 from symile_dist.checkpoint.reshape import consolidated_weights
 from symile_dist.config import Config
 from symile_dist.driver import launch
@@ -32,41 +33,22 @@ def losses(config: Config) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records}
 
 
-def _digest(value: Any, into: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        into.update(
-            str(value.dtype).encode() + value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-        )
-    elif isinstance(value, dict):
-        for key in sorted(value, key=str):
-            into.update(str(key).encode())
-            _digest(value[key], into)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _digest(item, into)
-    elif isinstance(value, int | float | str | bool | type(None)):
-        into.update(repr(value).encode())
-
-
 def state_digests(config: Config, step: int) -> dict[str, str]:
-    """Digests of the whole weights and, per file of a checkpoint, of moments and random state.
+    """Digests of everything that a checkpoint holds of the training state: per rank of its weights, moments and random
+    state, and of the whole weights."""
+    folder = checkpoint_folder(config, step)
+    manifest = read_manifest(folder)
+    assert len(manifest.files) == config.world_size
 
-    Not of ZeRO-3's optimizer files: there DeepSpeed pads partitions with memory that nobody wrote.
-    """
-    folder = dict(complete_checkpoints(config.run_directory / "checkpoints"))[step]
-    weights = hashlib.sha256()
-    _digest(consolidated_weights(folder), weights)
-    digests = {"weights": weights.hexdigest()}
-    for path in sorted(folder.glob("*.pt")):
-        if config.train.zero_stage == 3 and "optim_states" in path.name:
-            continue
-        state = torch.load(path, map_location="cpu", weights_only=False)
-        kept = state.get("module") if "model_states" in path.name else state.get("optimizer_state_dict", state)
-        digest = hashlib.sha256()
-        _digest(kept, digest)
-        digests[path.name] = digest.hexdigest()
-    assert sum(name.startswith("rng-") for name in digests) == config.world_size
-    return digests
+    def digest(tensors: dict[str, torch.Tensor]) -> str:
+        found = hashlib.sha256()
+        for name, tensor in sorted(tensors.items()):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
+    digests = {f"rank {number}": digest(load_file(folder / file.path)) for number, file in enumerate(manifest.files)}
+    return digests | {"weights": digest(consolidated_weights(folder))}
 
 
 def checkpoint_folder(config: Config, step: int) -> Path:

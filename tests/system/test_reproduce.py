@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def test_an_experiment_ends_in_a_table_checks_and_a_figure(
         assert f"]({figure})" in page
         assert (out / name / figure).read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (out / name / figure).with_suffix(".svg").read_text(encoding="utf-8")[:2000]
+    assert result["trials"] == len(list((out / name / "runs").glob("*/trial.json"))) and result["trial_seconds"] > 0
     assert json.loads((out / name / "results.json").read_text(encoding="utf-8")) == json.loads(json.dumps(result))
     for claim in HOLD.get(name, []):
         check = next(check for check in result["checks"] if claim in check["claim"])
@@ -72,16 +74,20 @@ def twice(out: str) -> list[Any]:
     stamps = {path.parent.name: path.stat().st_mtime_ns for path in runs.glob("*/trial.json")}
     second = tiny(out, "xor-8", seeds=1)
     same = {path.parent.name: path.stat().st_mtime_ns for path in runs.glob("*/trial.json")} == stamps
+    shutil.copytree(
+        runs / "symile-seed0", runs / "symile-seed0.before-19700101-000000"
+    )  # of other settings, moved aside
     (runs / "symile-seed0" / "trial.json").unlink()
     history = (runs / "symile-seed0" / "history.jsonl").read_text(encoding="utf-8")
     third = tiny(out, "xor-8", seeds=1)
     kept = (runs / "symile-seed0" / "history.jsonl").read_text(encoding="utf-8").startswith(history)
-    return [first["values"], second["values"], third["values"], same, kept]
+    return [first["values"], second["values"], third["values"], same, kept, third["trials"]]
 
 
 def test_what_is_finished_is_not_done_again_and_what_is_not_goes_on(tmp_path: Path) -> None:
     (found,) = run_distributed(twice, 1, str(tmp_path), timeout=200)
-    first, second, third, same, kept = found
+    first, second, third, same, kept, trials = found
     assert first == second == third, "another result of the same seed"
     assert same, "a finished trial was trained again"
     assert kept, "a trial began anew in place of going on from its checkpoint"
+    assert trials == 2, "what is not in the report was counted"

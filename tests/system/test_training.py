@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from symile_dist.checkpoint.manifest import complete_checkpoints
+from symile_dist.checkpoint.manifest import FileEntry, complete_checkpoints, read_manifest
 from symile_dist.checkpoint.reshape import consolidated_weights
 from symile_dist.errors import RunFailed
 from symile_dist.run_directory import locked
+from symile_dist.storage import sha256_of_file
 from symile_dist.tools.evaluate import evaluate_run
 from tests.system.conftest import MakeConfig
 from tests.system.runs import checkpoint_folder, history, losses, state_digests, train
@@ -110,7 +113,7 @@ def test_damage_falls_back_to_the_checkpoint_before_and_never_to_zero(make_confi
     config = make_config("train.steps=6")
     train(config)
     expected = state_digests(config, 6)
-    newest = next(checkpoint_folder(config, 6).glob("*rank_1*optim_states.pt"))
+    newest = next(checkpoint_folder(config, 6).glob("rank-00001*.safetensors"))
     damaged = bytearray(newest.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     newest.write_bytes(bytes(damaged))
@@ -120,8 +123,8 @@ def test_damage_falls_back_to_the_checkpoint_before_and_never_to_zero(make_confi
     assert [record["step"] for record in history(longer, "event")] == [3]
     assert state_digests(longer, 6) == expected
     for _, folder in complete_checkpoints(config.run_directory / "checkpoints"):
-        next(folder.glob("*model_states.pt")).unlink()
-    with pytest.raises(ValueError, match=r"no checkpoint is whole(.|\n)*model_states"):
+        next(folder.glob("rank-00000*.safetensors")).unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint is whole(.|\n)*rank-00000"):
         train(make_config("train.steps=8"), resume=True)
 
 
@@ -140,10 +143,19 @@ def test_warm_start_begins_with_the_other_runs_weights(make_config: MakeConfig) 
         torch.testing.assert_close(found[name], weights, rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_another_world_size_is_refused_with_the_way_out(make_config: MakeConfig) -> None:
-    train(make_config("train.steps=3"))
-    with pytest.raises(ValueError, match=r"saved with ray\.num_workers = 2, this run has 1"):
-        train(make_config("train.steps=6", "ray.num_workers=1"), resume=True)
+def test_a_run_goes_on_at_another_world_size_and_stage(make_config: MakeConfig) -> None:
+    undisturbed = make_config("train.steps=9", "train.zero_stage=1", "checkpoint.every=3", name="undisturbed")
+    train(undisturbed)
+    for overrides in (
+        ("train.steps=3", "ray.num_workers=2", "train.zero_stage=1"),
+        ("train.steps=6", "ray.num_workers=1", "train.zero_stage=3"),
+        ("train.steps=9", "ray.num_workers=2", "train.zero_stage=2"),
+    ):
+        moved = make_config(*overrides, name="moved")
+        train(moved, resume=True)
+    expected = losses(undisturbed)
+    for step, loss in losses(moved).items():
+        assert loss == pytest.approx(expected[step], rel=1e-4), f"step {step}"
 
 
 def test_more_workers_than_the_cluster_holds_is_refused(make_config: MakeConfig) -> None:
@@ -174,10 +186,20 @@ def test_a_run_goes_on_with_other_steps_but_not_with_another_model(make_config: 
     assert (config.run_directory / "config.yaml").read_text() == written, "a refused resume changed the config"
 
 
-def test_a_file_that_the_manifest_does_not_list_is_never_unpickled(make_config: MakeConfig) -> None:
+def test_a_pickle_in_a_checkpoint_is_never_run(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("train.steps=3")
     train(config)
-    folder = checkpoint_folder(config, 3)
-    (folder / "zero_pp_rank_9_mp_rank_00_optim_states.pt").write_bytes(b"cos\nsystem\n(S'touch " + b"x'\ntR.")
-    with pytest.raises(ValueError, match=r"rank_9.*is not in the manifest"):
+    folder, mark = checkpoint_folder(config, 3), tmp_path / "it-was-run"
+    bomb = b"cos\nsystem\n(S'touch " + str(mark).encode() + b"'\ntR."
+    for name in ("mp_rank_00_model_states.pt", ".metadata", "data.pkl"):
+        (folder / name).write_bytes(bomb)
+    evaluate_run(config.run_directory)
+    # In the place of a rank's file, under a manifest that says so.
+    manifest = read_manifest(folder)
+    path = folder / manifest.files[0].path
+    path.write_bytes(bomb)
+    entry = FileEntry(path.name, len(bomb), sha256_of_file(path))
+    dataclasses.replace(manifest, files=(entry, *manifest.files[1:])).write(folder)
+    with pytest.raises(ValueError, match=r"rank-00000.*cannot be read"):
         evaluate_run(config.run_directory)
+    assert not mark.exists()

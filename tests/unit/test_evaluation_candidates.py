@@ -93,6 +93,9 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     path = tmp_path / "test.csv"
     with pytest.raises(ValueError, match="no such file"):
         entries_of_csv(path, rows, "query", "positive", "sample")
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"test\.csv: is no text in UTF-8"):
+        entries_of_csv(path, rows, "query", "positive", "sample")
     path.write_text("query,positive,sample\n1,1,5\n1,0,6\n")
     with pytest.raises(ValueError, match="no column 'label'; its columns are: query, positive, sample"):
         entries_of_csv(path, rows, "query", "label", "sample")

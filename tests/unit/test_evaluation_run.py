@@ -25,6 +25,7 @@ from symile_dist.model import TrainingModule
 from symile_dist.similarity import MIPSimilarity
 from symile_dist.tools import evaluate
 from symile_dist.tools.evaluate import evaluate_run
+from symile_dist.tools.prompts import read_task
 from symile_dist.types import Batch, Outputs, StepReport
 from symile_dist.validate import HeldOut, accuracies
 from tests.shards import CLASSES, config_text, key_of, npy_bytes, sample_array, write_shards, write_tar
@@ -334,7 +335,12 @@ def test_mistakes_in_the_file_of_classes(named: Path, tmp_path: Path) -> None:
         ({"text": "txt"}, "no modality 'txt'"),
         ({"queries": ["t"]}, "other than 't'"),
         ({"templates": ["a photo"]}, "each with {} where the name goes"),
+        ({"queries": []}, "should be a list of modalities"),
+        ({"queries": [{"a": 1}]}, "should be a list of modalities"),
         ({"classes": ["one"]}, "two or more"),
+        ({"classes": [["one"], ["two"]]}, "two or more"),
+        ({"classes": {"class-0": "zero", "class-1": []}}, "'class-1' should have a name"),
+        ({"normalize": "maybe"}, "should be true or false"),
         ({"classes": ["red", "blue"]}, "no sample has a label of the classes"),
     ):
         with pytest.raises(ValueError) as error:
@@ -342,6 +348,16 @@ def test_mistakes_in_the_file_of_classes(named: Path, tmp_path: Path) -> None:
         assert words in str(error.value), changes
     with pytest.raises(ValueError, match="no such file"):
         evaluate_run(run, split="train", zero_shot_file=tmp_path / "nowhere.yaml")
+
+
+def test_labels_and_names_are_texts_as_they_stand_in_the_file(named: Path, tmp_path: Path) -> None:
+    _, config = text_run(named, tmp_path)
+    path = tmp_path / "classes.yaml"
+    path.write_text("classes: {01: one, 1.0: [no, null], yes: on}\nnormalize: false\nqueries: [[b, a], a, [a, b]]")
+    task = read_task(path, config)
+    assert task.labels == ("01", "1.0", "yes") and task.prompts == (("one",), ("no", "null"), ("on",))
+    # In the order of the config, whatever that of the file: a similarity of one direction takes them in that order.
+    assert task.queries == (("a", "b"), ("a",)) and task.normalize is False
 
 
 def test_prompts_reach_embeddings_that_take_all_modalities(named: Path, tmp_path: Path) -> None:
@@ -371,6 +387,10 @@ def test_mistakes_are_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"resamples": 1}, "--resamples 1"),
         ({"directions": ["a_from_d"]}, "no direction 'a_from_d'; did you mean"),
         ({"recall_at": [0]}, "evaluation.recall_at"),
+        ({"max_samples": -3}, "--max-samples -3: should be 1 or more"),
+        ({"probe": ["a"], "probe_samples": 0}, "--probe-samples 0: should be 1 or more"),
+        ({"directions": []}, "--directions names none"),
+        ({"export": run, "metrics": ()}, "is a folder; name a file"),
         ({"device": "tpu"}, "should be auto, cpu or cuda"),
         ({"probe": ["d"]}, "--probe d: there is no such embedding; choose some of a, b, c, or all"),
         ({"step": "3"}, "no checkpoint of step 3; there are: 4"),
@@ -386,6 +406,23 @@ def test_mistakes_are_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="torch sees no GPU here"):
         evaluate_run(run, device="cuda")
     assert str(evaluate.find_device("auto")) == "cpu"
+
+
+def test_results_that_cannot_be_written_are_told_before_the_pass(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "evaluation").write_text("a file in its place")
+    monkeypatch.setattr(evaluate, "joined", lambda parts: pytest.fail("samples were encoded in vain"))
+    assert main(["evaluate", str(run)]) == 2
+    assert "evaluation: File exists" in capsys.readouterr().err
+
+
+def test_a_model_that_diverged_still_gives_json(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configured(data, tmp_path)
+    weights = {"model.logit_scale": torch.full((1,), torch.nan)}
+    assert main(["evaluate", str(untrained_run(config, weights)), "--json", "--no-figure"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["loss"] is None and found["total_correlation_bound"] is None
 
 
 def test_what_is_evaluated_does_not_make_another_run(data: Path, tmp_path: Path) -> None:

@@ -211,6 +211,8 @@ def test_embeddings_are_the_heads_of_each_part() -> None:
         ({**SUP, "pairing": "every"}, "pairing = 'every'"),
         ({**SSL, "negatives": "same_label"}, "needs a label"),
         ({**SUP, "missing": "drop"}, "missing = 'drop'"),
+        ({**SUP, "hidden": 0}, "hidden = 0 should be 1 or more"),
+        ({**SUP, "head_layers": -1}, "head_layers = -1 0 or more"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any], told: str) -> None:

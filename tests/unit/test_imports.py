@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 # From the bottom up. Names are those after `symile_dist.`; a package
 # stands for all of its modules, which may import each other. Names on one line do not.
 LAYERS: list[set[str]] = [
-    {"errors", "registry", "seeding", "configs"},
+    {"errors", "registry", "seeding", "configs", "failpoints"},
     {"config", "types", "similarity"},
     {"distributed", "storage", "hub"},
     {"metrics"},
@@ -33,12 +33,13 @@ LAYERS: list[set[str]] = [
     {"driver"},
     {"launch", "tools"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # A heavy package -> the only modules that may import it, lazily or not.
 ONLY_IN = {
-    "deepspeed": ("engine", "checkpoint.reshape"),
+    "deepspeed": ("engine",),
     "ray": ("worker", "driver", "launch", "tools.features"),
     "webdataset": ("data", "tools"),
 }

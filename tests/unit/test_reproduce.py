@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from symile_dist.tools.reproduce.m3_digits import word_tokenizer
 from symile_dist.tools.reproduce.names import EXPERIMENTS
 from symile_dist.tools.reproduce.publish import publish
 from symile_dist.tools.reproduce.report import Check, Report, Table, markdown, mean_error
-from symile_dist.tools.reproduce.samples import write_dataset
+from symile_dist.tools.reproduce.samples import Split, write_dataset
 from symile_dist.tools.reproduce.xor import bayes_accuracy, information, parity_split, xor_split
 
 
@@ -83,6 +84,21 @@ def test_a_dataset_is_made_once_and_anew_where_it_would_differ(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["data"], "something was left behind"
 
 
+def test_a_dataset_that_another_experiment_made_meanwhile_is_left_to_it(tmp_path: Path) -> None:
+    def split_of(split: str) -> Split:
+        return {"x": np.zeros((3, 1), dtype=np.float32)}, None
+
+    made = []
+
+    def make_meanwhile(split: str) -> Split:
+        shutil.copytree(write_dataset(tmp_path / "other", {}, split_of, ["train"]), tmp_path / "data")
+        made.append((tmp_path / "data" / "train" / "shard-00000.tar").stat().st_ino)
+        return split_of(split)
+
+    write_dataset(tmp_path / "data", {}, make_meanwhile, ["train"])
+    assert [(tmp_path / "data" / "train" / "shard-00000.tar").stat().st_ino] == made, "was replaced under its reader"
+
+
 def test_a_word_is_one_token(tmp_path: Path) -> None:
     from symile_dist.data.tokens import TokensTransform
 
@@ -130,7 +146,16 @@ def test_all_results_become_one_page(tmp_path: Path) -> None:
     assert (tmp_path / "docs" / "results" / "xor.svg").read_bytes() == b"picture"
 
 
-@pytest.mark.parametrize("wrong", [["xor", "--seeds", "0"], ["xor", "--processes", "-1"], ["nothing"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["xor", "--seeds", "0"],
+        ["xor", "--processes", "-1"],
+        ["xor", "--publish", "results"],
+        ["xor", "--publish", str(Path(__file__).parent)],
+        ["nothing"],
+    ],
+)
 def test_a_mistake_is_told_before_anything_starts(
     wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

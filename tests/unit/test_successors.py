@@ -61,6 +61,26 @@ def test_confu_refuses_what_it_cannot_fuse() -> None:
         ConFuLoss()(vectors(3), vectors(2), 1.0)
     with pytest.raises(ValueError, match="from 0 to 1"):
         ConFuLoss(fused_weight=1.5)
+    with pytest.raises(ValueError, match="hidden = 0"):
+        ConFuObjective(NAMES, DIMENSION, hidden=0)
+
+
+def test_an_invalid_row_reaches_no_gradient_and_no_figure() -> None:
+    torch.manual_seed(0)
+    objective, valid = ConFuObjective(NAMES, DIMENSION), [True, False, True, True]
+    rows = torch.tensor(valid)
+    whole = [vector[:4].float() for vector in vectors(3)]
+    want = objective(
+        Outputs(dict(zip(NAMES, [w[rows] for w in whole], strict=True)), torch.ones(())), batch_of([True] * 3), 0
+    )
+    whole[0][1], whole[1][1] = torch.nan, torch.inf
+    given = dict(zip(NAMES, [vector.requires_grad_() for vector in whole], strict=True))
+    report = objective(Outputs(given, torch.ones(())), batch_of(valid), 0)
+    report.loss.backward()
+    torch.testing.assert_close(report.loss, want.loss)
+    for tensor in (*given.values(), *objective.parameters()):
+        assert tensor.grad is not None and tensor.grad.isfinite().all()
+    assert all(value.isfinite() for value in report.metrics.values()), report.metrics
 
 
 def slow_score(gate: Gate, target: int, candidate: Tensor, others: dict[int, Tensor]) -> Tensor:
@@ -134,6 +154,8 @@ def test_the_gated_loss_contrasts_each_anchor_with_permuted_others() -> None:
 def test_gated_symile_says_how_many_modalities_it_takes() -> None:
     with pytest.raises(ValueError, match="3 to 6 modalities"):
         GatedSymileObjective(0, ["a", "b"], DIMENSION)
+    with pytest.raises(ValueError, match="hidden = 0"):
+        GatedSymileObjective(0, NAMES, DIMENSION, hidden=0)
 
 
 def test_a_gate_that_takes_nothing_ignores_a_bad_modality() -> None:

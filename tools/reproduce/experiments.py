@@ -17,11 +17,10 @@ from rich.table import Table
 
 import symile_dist
 from symile_dist.run_directory import locked
-from symile_dist.storage import read_json, write_json, write_text
+from symile_dist.storage import write_json, write_text
 from symile_dist.tools.reproduce.lab import Lab
 from symile_dist.tools.reproduce.names import EXPERIMENTS
 from symile_dist.tools.reproduce.report import Report, markdown
-from symile_dist.tools.reproduce.trial import TRIAL_FILE
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,11 @@ def reproduce(lab: Lab) -> Outcome:
             "code_version": symile_dist.__version__,
             "seconds": time.monotonic() - begin,
         }
-        spent = [read_json(path).get("seconds", 0.0) for path in lab.folder.glob(f"runs/*/{TRIAL_FILE}")]
-        how["trials"], how["trial_seconds"] = len(spent), sum(spent)
+        how["trials"], how["trial_seconds"] = len(lab.seconds), sum(lab.seconds)
         seeds = f"{lab.seeds} seeds" if lab.seeds > 1 else "one seed"
         sentence = (
-            f"Made by `{how['command']}` on {how['hardware']} with {seeds}; its {len(spent)} trials took "
-            f"{sum(spent) / 60:.0f} minutes altogether, some of them at a time."
+            f"Made by `{how['command']}` on {how['hardware']} with {seeds}; its {how['trials']} trials took "
+            f"{how['trial_seconds'] / 60:.0f} minutes altogether, some of them at a time."
         )
         outcome = Outcome(report, how, lab.folder)
         write_json(lab.folder / "results.json", outcome.data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Lab:
     processes: int = os.cpu_count() or 1
     """Trials at once."""
     progress: Report = silent
+    seconds: list[float] = field(default_factory=list)
+    """Of each trial so far, whichever call ran it."""
 
     def with_options(self, seeds: int | None, processes: int | None) -> Lab:
         """With what the user has chosen, or the defaults: three seeds, or one if it is to be quick."""
@@ -52,7 +54,9 @@ class Lab:
         return parse_config(yaml.safe_dump(whole, sort_keys=False), run).config.with_absolute_paths()
 
     def run(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
-        return run_trials(trials, self.processes, self.progress)
+        found = run_trials(trials, self.processes, self.progress)
+        self.seconds.extend(result["seconds"] for result in found)
+        return found
 
     def size(self, full: int, quick: int, tiny: int) -> int:
         return tiny if self.tiny else quick if self.quick else full

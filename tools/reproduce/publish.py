@@ -17,11 +17,20 @@ where these ran, and Symile-MIMIC needs credentials; docs/presets.md has the con
 """
 
 
+def check_page(page: Path) -> None:
+    """Raises ValueError for what cannot be a page with a folder of figures beside it."""
+    if page.suffix != ".md" or page.is_dir():
+        raise ValueError(f"{page}: should be a file named like docs/results.md")
+    if page.with_suffix("").exists() and not page.with_suffix("").is_dir():
+        raise ValueError(f"{page.with_suffix('')}: is a file; the page's figures need a folder of that name")
+
+
 def publish(out: Path, page: Path) -> list[str]:
     """Writes a page of what OUT holds, its figures in a folder beside it; returns the experiments' names.
 
-    Raises ValueError where OUT holds no results.
+    Raises ValueError where OUT holds no results, and as `check_page` does.
     """
+    check_page(page)
     names = [name for name in EXPERIMENTS if (out / name / "results.md").exists()]
     if not names:
         raise ValueError(f"{out}: holds no results yet; run `symile-dist reproduce NAME --out {out}` first")

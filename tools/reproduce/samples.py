@@ -34,7 +34,11 @@ def write_dataset(
     Every sample holds NAME.npy for each array, NAME.txt for each text, and its class in the metadata.
     """
     wanted = {"parameters": dict(parameters), "splits": list(splits)}
-    if (folder / PARAMETERS).exists() and read_json(folder / PARAMETERS) == wanted:
+
+    def is_there() -> bool:
+        return (folder / PARAMETERS).exists() and read_json(folder / PARAMETERS) == wanted
+
+    if is_there():
         return folder
     building = folder.with_name(f".{folder.name}.building-{os.getpid()}")
     shutil.rmtree(building, ignore_errors=True)
@@ -44,8 +48,9 @@ def write_dataset(
             _write_split(building / split, columns, classes)
             index_directory(building / split)
         write_json(building / PARAMETERS, wanted)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(building, folder)
+        if not is_there():  # else another experiment has made it meanwhile, and may be reading it
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
