@@ -14,7 +14,7 @@ from typing import Any
 
 from symile_dist import __version__
 
-EXIT_OK, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_FAILED, EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
 
 
 def _print_json(content: Any) -> None:
@@ -32,9 +32,13 @@ def _train_until_done(config: Any, options: argparse.Namespace, resume: bool) ->
     fresh = getattr(options, "fresh", False)
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():  # Ray prints there too
         result = launch(config, fresh, resume, plain=options.plain or None, console=console)
+    code = EXIT_PREEMPTED if result["status"] == "preempted" else EXIT_OK
     if options.json:
         _print_json({**result, "run": str(config.run_directory)})
-        return EXIT_OK
+        return code
+    if code == EXIT_PREEMPTED:
+        print(f"{result['message']}; the same command goes on from there", file=sys.stderr)
+        return code
     best = ""
     if result.get("best_step") is not None:
         best = (
@@ -885,7 +889,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command. Exit codes: 0 done, 1 failed, 2 a user's mistake, 130 interrupted."""
+    """Runs a command. Exit codes: 0 done, 1 failed, 2 a user's mistake, 75 stopped and saved as asked by SIGTERM (call
+    again), 130 interrupted."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes `train CONFIG --plain key=value` for an error: overrides may stand anywhere.
@@ -915,9 +920,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; the same command again goes on from the newest checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        from symile_dist.errors import RunFailed, StorageError
+        from symile_dist.errors import RunFailed, RunStopped, StorageError
 
-        if not isinstance(error, RunFailed | StorageError):
+        if not isinstance(error, RunFailed | RunStopped | StorageError):
             raise
         print(f"failed: {error}", file=sys.stderr)
         return EXIT_FAILED

@@ -389,8 +389,9 @@ class RayConfig(Section):
     num_workers: Positive = 1
     """Number of ranks (world_size)."""
     min_workers: Positive | None = None
-    """Elastic: a run that begins on a cluster with too little for num_workers takes as many ranks as it holds and as
-    divide the global batch, but no fewer than these. The data stream is the same. Without it the run is refused."""
+    """Elastic: on a cluster with too little for num_workers the run takes as many ranks as it holds and as divide the
+    global batch, but no fewer than these; at its start, and whenever it is restarted. The data stream and the loss are
+    the same. Without it such a run is refused."""
     cpus_per_worker: PositiveFloat = 1
     """CPUs that Ray reserves for a rank."""
     gpus_per_worker: Literal[0, 1] = 0
@@ -398,7 +399,16 @@ class RayConfig(Section):
     threads_per_worker: Positive | None = None
     """torch threads of a rank; cpus_per_worker when left out."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """How often lost workers are restarted before the run fails; -1: without end."""
+    """So many failures in a row, without a new checkpoint between them, are survived by a restart; -1: any number."""
+    max_repeats: Annotated[int, Field(ge=0)] = 3
+    """A step in which the ranks fail so many times in a row ends the run: its batch is to blame; 0: never."""
+    max_node_failures: Annotated[int, Field(ge=0)] = 3
+    """A node whose ranks have failed so often is left out where the rest of the cluster holds the run; 0: never."""
+    grace_seconds: PositiveFloat = 60
+    """How long SIGTERM waits for the ranks to save and stop."""
+    hang_seconds: PositiveFloat | None = 600
+    """Ranks that finish no step for so long are stuck: their stacks go to RUN/logs, and the group is restarted. Loading
+    counts as a step, and so does validation. None: never."""
     collective_timeout_seconds: PositiveFloat = 600
     """A collective that takes longer is a failure."""
 

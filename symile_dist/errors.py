@@ -5,6 +5,10 @@ class RunStopped(RuntimeError):
     """The run cannot go on and a restart would not help; the message says why and what to do. Same on all ranks."""
 
 
+class RunPreempted(RuntimeError):
+    """The run was asked to stop, and has saved everything. Same on all ranks."""
+
+
 class RunFailed(RuntimeError):
     """The run ended without reaching its last step (exit code 1)."""
 

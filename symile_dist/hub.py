@@ -1,8 +1,30 @@
-"""Hugging Face's hub: one file of it, and what is told when it, or what should stand in its place, cannot be had."""
+"""Hugging Face's hub: one file of it, and what is told when it, or what should stand in its place, cannot be had; and
+whether trained weights are to be read at all."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+
+_weights_follow = ContextVar("weights_follow", default=False)
+
+
+@contextmanager
+def weights_follow() -> Iterator[None]:
+    """Inside, encoders are built without the trained weights that they would begin with: all weights are copied into
+    them afterwards, so that the files need not be there."""
+    token = _weights_follow.set(True)
+    try:
+        yield
+    finally:
+        _weights_follow.reset(token)
+
+
+def reads_weights() -> bool:
+    """What an encoder that begins with trained weights asks in its constructor; False within `weights_follow`."""
+    return not _weights_follow.get()
 
 
 def unavailable(name: str, what: str, error: Exception) -> ValueError:

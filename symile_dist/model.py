@@ -146,10 +146,13 @@ class MultimodalModel(nn.Module):
         inputs = in_precision_of(encoder, inputs)
         flags = (present,) if getattr(encoder, "takes_present", False) else ()
         emitted: Representation
-        if name in self._recomputed:
-            emitted = recompute(encoder, encoder, inputs, *flags)
-        else:
-            emitted = encoder(inputs, *flags)
+        try:
+            if name in self._recomputed:
+                emitted = recompute(encoder, encoder, inputs, *flags)
+            else:
+                emitted = encoder(inputs, *flags)
+        except (TypeError, ValueError) as error:  # inputs of another kind or shape: no restart would help
+            raise ValueError(f"modality '{name}': {error}") from error
         return self.missing_embeddings[name](emitted, present) if name in self.missing_embeddings else emitted
 
 

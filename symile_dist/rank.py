@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 
@@ -13,6 +14,7 @@ from symile_dist.config import Config
 from symile_dist.data.loader import open_training
 from symile_dist.distributed import raise_together
 from symile_dist.engine import Engine, import_deepspeed
+from symile_dist.health.stop import StopRequest
 from symile_dist.metrics.history import History
 from symile_dist.metrics.recorder import Recorder
 from symile_dist.preflight import newest_checkpoint
@@ -22,16 +24,31 @@ from symile_dist.validate import Validator
 logger = logging.getLogger(__name__)
 
 
-def train_rank(config: Config, rank: int, device: torch.device, recorder: Recorder) -> TrainState:
+def no_beat(step: int) -> None:
+    """Nobody watches."""
+
+
+def train_rank(
+    config: Config,
+    rank: int,
+    device: torch.device,
+    recorder: Recorder,
+    fence: int = 0,
+    stop: StopRequest | None = None,
+    beat: Callable[[int], None] = no_beat,
+) -> TrainState:
     """Trains one rank to the end; all ranks call it in step, each in a process of its own.
+
+    `fence`: the number under which this group of ranks holds the run. `stop` and `beat` as of `train`.
 
     Without a process group of torch DeepSpeed makes one, from the usual environment variables.
 
-    Raises RunStopped for a run that cannot go on, ValueError for a user's mistake.
+    Raises RunStopped for a run that cannot go on, RunPreempted for one that was asked to stop, ValueError for a user's
+    mistake.
     """
     import_deepspeed(device)
     seed_everything(config.seed, rank)
-    checkpoints = CheckpointManager(config)
+    checkpoints = CheckpointManager(config, fence)
     manifest = checkpoints.find()
     state = TrainState.from_manifest(manifest) if manifest else TrainState()
     problem = None
@@ -57,7 +74,7 @@ def train_rank(config: Config, rank: int, device: torch.device, recorder: Record
     validator = Validator(config, engine) if config.data.validation else None
     _log_start(config, engine, manifest)
     try:
-        return train(config, engine, loader, validator, checkpoints, recorder, state)
+        return train(config, engine, loader, validator, checkpoints, recorder, state, stop or StopRequest(), beat)
     finally:
         checkpoints.close()
 

@@ -9,13 +9,9 @@ ray/              Ray Train's own records
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
-import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,31 +33,6 @@ def load_run(directory: str | Path, overrides: list[str] | None = None) -> Confi
         raise ConfigError(f"{path}: not a run directory (it has no {CONFIG_FILE}){hint}")
     # The directory may have been moved or be named otherwise from here: it is where it is.
     return load_config(path / CONFIG_FILE, [*(overrides or []), f"run.directory={json.dumps(str(path))}"]).config
-
-
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Holds the run for this process; raises ValueError, naming the other, while another process has it.
-
-    The lock stands beside the directory (`.NAME.lock`), which may be moved aside, and ends with the process that holds
-    it, however that ends.
-    """
-    path = directory.with_name(f".{directory.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the lock is held
-    except OSError as error:
-        raise ValueError(f"{directory}: cannot be written: {error.strerror or error}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise ValueError(f"{directory}: {file.read().strip() or 'another process'} trains here already") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
 
 
 def check(config: Config, fresh: bool, resume: bool) -> None:

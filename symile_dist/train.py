@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+
+import torch
 
 from symile_dist.checkpoint.manager import CheckpointManager
 from symile_dist.checkpoint.manifest import Manifest
 from symile_dist.config import Config
 from symile_dist.data.loader import TrainingLoader
-from symile_dist.distributed import all_reduce_sum, gather_objects
+from symile_dist.distributed import all_reduce_sum, gather_objects, rank
 from symile_dist.engine import Engine
-from symile_dist.errors import RunStopped
+from symile_dist.errors import RunPreempted, RunStopped
+from symile_dist.failpoints import failpoint
+from symile_dist.health.stop import StopRequest
 from symile_dist.metrics.recorder import Recorder
 from symile_dist.step import TrainedStep, train_step
 from symile_dist.types import Batch, Fault
@@ -51,25 +55,39 @@ def train(
     checkpoints: CheckpointManager,
     recorder: Recorder,
     state: TrainState,
+    stop: StopRequest,
+    beat: Callable[[int], None],
 ) -> TrainState:
     """Trains from `state.step` to `config.train.steps`. Every rank runs the same loop in step.
 
-    Raises RunStopped on all ranks alike when too many steps in a row are skipped or too many samples are unreadable.
+    `stop` may be asked on any rank; `beat` is called with the number of each step, and as often as anything else has
+    come to its end.
+
+    Raises, on all ranks alike: RunPreempted, with everything saved, once a stop was asked for; RunStopped when too many
+    steps in a row are skipped or too many samples are unreadable.
     """
     steps = config.train.steps
     due_for = {"log": config.train.log_every, "validation": config.validation.every, "save": config.checkpoint.every}
     recorder.restart_clock()
     last = time.perf_counter()
     for batch in _timed(loader, recorder):
+        beat(state.step)
+        failpoint("step", rank(), state.step)
         trained = train_step(engine, batch, state.step, recorder)
-        _count(config, state, batch, trained, loader, recorder, time.perf_counter() - last)
+        stopping = _count(config, state, batch, trained, loader, recorder, time.perf_counter() - last, stop)
         due = {what for what, every in due_for.items() if state.step == steps or (every and state.step % every == 0)}
         if "log" in due:
             _log(config, engine, state, trained, loader, recorder)
         if "validation" in due and validator:
             _validate(config, state, validator, recorder)
-        if "save" in due:
+            beat(state.step)
+        if "save" in due or stopping:
             _save(engine, loader, checkpoints, recorder, state)
+        if stopping and state.step < steps:
+            checkpoints.finish()
+            _tell_saves(checkpoints, recorder, state)
+            recorder.event(state.step, f"stopped as asked after step {state.step}, saved")
+            raise RunPreempted(f"step {state.step}: stopped as asked, and saved")
         _tell_saves(checkpoints, recorder, state)
         last = time.perf_counter()
     checkpoints.finish()
@@ -95,11 +113,16 @@ def _count(
     loader: TrainingLoader,
     recorder: Recorder,
     seconds: float,
-) -> None:
-    """Counts the step, and stops the run when it can only go on wrongly."""
+    stop: StopRequest,
+) -> bool:
+    """Counts the step; returns whether the run is to stop after it.
+
+    Raises RunStopped when it can only go on wrongly.
+    """
     local = int(batch.valid.sum())
-    # Valid slots over all ranks: the same number everywhere, so that all stop together.
-    valid = int(all_reduce_sum(batch.valid.sum().to(trained.loss.device)))
+    # Valid slots over all ranks, and wishes to stop: the same numbers everywhere, so that all stop together.
+    counts = torch.tensor([local, stop.reason is not None], device=trained.loss.device)
+    valid, wishes = all_reduce_sum(counts).tolist()
     state.step += 1
     state.samples_seen += valid
     state.unreadable_samples += config.train.global_batch_size - valid
@@ -110,12 +133,12 @@ def _count(
         _unreadable(config, state, batch, loader, recorder)
     if trained.result.applied and trained.result.inner_applied:
         state.consecutive_skips = 0
-        return
+        return wishes > 0
     state.skipped_steps += 1
     if trained.result.rescaled:
         words = "gradients exceed fp16's range; the loss is scaled by less from here on"
         recorder.event(state.step, f"step {state.step} skipped: {words}", level="warning")
-        return
+        return wishes > 0
     state.consecutive_skips += 1
     inner = " of the inner optimizer" if trained.result.applied else ""
     recorder.event(state.step, f"step {state.step}{inner} skipped: non-finite loss or gradient", level="warning")
@@ -125,6 +148,7 @@ def _count(
             "(train.max_consecutive_skips); the weights are those before the first of them. Lower optimizer.lr or "
             "model.logit_scale_init, lengthen optimizer.warmup_steps, or look for bad values in the data"
         )
+    return wishes > 0
 
 
 def _unreadable(config: Config, state: TrainState, batch: Batch, loader: TrainingLoader, recorder: Recorder) -> None:

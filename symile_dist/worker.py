@@ -14,7 +14,11 @@ import ray.train.torch
 import torch
 
 from symile_dist.config import Config
-from symile_dist.errors import RunStopped
+from symile_dist.errors import RunPreempted, RunStopped
+from symile_dist.failpoints import VARIABLE as FAILPOINTS
+from symile_dist.health.beat import Beat
+from symile_dist.health.stop import StopRequest
+from symile_dist.health.watchdog import start_watchdog
 from symile_dist.metrics.exporter import Exporter
 from symile_dist.metrics.recorder import Recorder
 from symile_dist.rank import train_rank
@@ -26,17 +30,26 @@ def run_worker(settings: dict[str, Any]) -> None:
     """Entry point of a rank. `settings`: the config as plain data, and the driver's board.
 
     A mistake of the user or a run that cannot go on is told to the driver, and no restart goes on from it; anything
-    else raises, and Ray restarts the group.
+    else raises, and the driver restarts the group.
     """
     config = Config.model_validate(settings["config"])
-    board = settings["board"]
-    if ray.get(board.ended.remote()):
-        return  # restarted after an end that a restart cannot mend
-    rank = ray.train.get_context().get_world_rank()
-    _set_up_process(config, rank)
+    board, fence = settings["board"], settings["fence"]
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    _set_up_process(config, rank, settings["failpoints"])
+    host = socket.gethostname()
+    beat = Beat(config.run_directory, rank, fence, host)
+    if context.get_local_rank() == 0 and config.ray.hang_seconds:
+        start_watchdog(config.run_directory, fence, host, config.ray.hang_seconds)
     recorder = _make_recorder(config, rank, board)
+    stop = StopRequest()
+    if rank == 0:
+        stop.poll(lambda: ray.get(board.stop_asked.remote()))
     try:
-        state = train_rank(config, rank, _device(), recorder)
+        state = train_rank(config, rank, _device(), recorder, fence, stop, beat)
+    except RunPreempted as error:
+        if rank == 0:
+            ray.get(board.finish.remote("preempted", str(error)))
     except (RunStopped, ValueError) as error:
         # Told by any rank, as it may be the only one to see it; the first to tell is kept.
         logger.error("%s", error, exc_info=not isinstance(error, RunStopped))
@@ -44,7 +57,7 @@ def run_worker(settings: dict[str, Any]) -> None:
         if not isinstance(error, RunStopped):
             raise  # the others may wait for this rank in a collective: Ray ends them, and a restart returns at once
     except Exception:
-        logger.exception("rank %d fails; Ray restarts the group while ray.max_failures allows", rank)
+        logger.exception("rank %d fails; the driver restarts the group while ray.max_failures allows", rank)
         raise
     else:
         if rank == 0:
@@ -53,7 +66,9 @@ def run_worker(settings: dict[str, Any]) -> None:
         recorder.close()
 
 
-def _set_up_process(config: Config, rank: int) -> None:
+def _set_up_process(config: Config, rank: int, failpoints: str | None) -> None:
+    if failpoints:
+        os.environ[FAILPOINTS] = failpoints
     threads = config.ray.threads_per_worker or max(1, int(config.ray.cpus_per_worker))
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -83,6 +98,7 @@ def _make_recorder(config: Config, rank: int, board: Any) -> Recorder:
             "rank": rank,
             "pid": os.getpid(),
             "host": socket.gethostname(),
+            "node": ray.get_runtime_context().get_node_id(),
             "metrics_url": exporter.url if exporter else None,
         }
     )

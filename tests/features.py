@@ -33,7 +33,7 @@ def encode_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
             yield entry
 
     monkeypatch.setattr(actors, "encode_shards", encode_all)
-    monkeypatch.setattr("symile_dist.driver.join_ray", lambda cpus: {"CPU": 2.0, "GPU": 0.0})
+    monkeypatch.setattr("symile_dist.cluster.join_ray", lambda cpus: {"CPU": 2.0, "GPU": 0.0})
 
 
 def fingerprints(folder: Path) -> dict[str, str]:

@@ -82,7 +82,7 @@ def _task(content: Any, config: Config) -> ZeroShotTask:
             raise ValueError(f"no modality '{name}'{suggestion(str(name), names)}")
     if any(text in query for query in queries):
         raise ValueError(f"`queries` should name modalities other than '{text}'")
-    classes = content.get("classes")
+    classes: Any = content.get("classes")
     if _are_texts(classes):
         classes = {name: name for name in classes}
     if not isinstance(classes, dict) or len(classes) < 2:

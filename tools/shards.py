@@ -294,7 +294,7 @@ def clear_quarantine(place: str, shard: str | None = None, storage: StorageConfi
         return len(entries)
     from symile_dist.checkpoint.manifest import CHECKPOINTS, complete_checkpoints
     from symile_dist.checkpoint.manifest import read_manifest as read_checkpoint
-    from symile_dist.run_directory import locked
+    from symile_dist.health.lease import locked
 
     with locked(folder.path):
         complete = complete_checkpoints(folder.path / CHECKPOINTS)

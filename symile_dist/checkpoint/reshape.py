@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from symile_dist.checkpoint.manifest import CheckpointError, Manifest, read_manifest, verify
+from symile_dist.checkpoint.pieces import WEIGHTS
+from symile_dist.checkpoint.shard import Kind
 from symile_dist.checkpoint.shards import Shards
 
 
@@ -19,13 +22,32 @@ def verified_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def consolidated_weights(folder: Path) -> dict[str, Tensor]:
-    """Whole fp32 weights by parameter name, from a checkpoint of any ZeRO stage and world size, on the CPU; buffers and
-    the inner modules' weights too.
+class WholeWeights:
+    """The weights of a checkpoint of any ZeRO stage and world size, whole, one at a time: parameters in fp32, buffers
+    and the inner modules' weights as they were saved. On the CPU.
 
     Raises CheckpointError where a file does not agree with the manifest.
     """
-    manifest = verified_manifest(folder)
-    saved = Shards(folder, [entry.path for entry in manifest.files])
-    weights = {name: saved.whole(name) for name in saved.shapes()}
-    return weights | saved.of_rank(0, "buffers") | saved.of_rank(0, "inner")
+
+    def __init__(self, folder: Path) -> None:
+        self.manifest = verified_manifest(folder)
+        self._saved = Shards(folder, [entry.path for entry in self.manifest.files])
+        self._others = self._saved.of_rank(0, "buffers") | self._saved.of_rank(0, "inner")
+        self.kinds: dict[str, Kind] = {name: (torch.float32, shape) for name, shape in self._saved.shapes().items()}
+        """Name -> type and shape."""
+        self.parameters = frozenset(self.kinds)
+        """Names of the parameters that the run's own optimizer trains, or keeps frozen."""
+        self.kinds |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._others.items()}
+
+    def read(self, name: str) -> Tensor:
+        if name in self._others:
+            return self._others[name]
+        values = torch.empty(self.kinds[name][1])
+        self._saved.read(WEIGHTS, name, 0, values.view(-1))
+        return values
+
+
+def consolidated_weights(folder: Path) -> dict[str, Tensor]:
+    """All of a checkpoint's weights by name: see `WholeWeights`."""
+    weights = WholeWeights(folder)
+    return {name: weights.read(name) for name in weights.kinds}

@@ -1,4 +1,5 @@
-"""A rank's file of a checkpoint: a copy of its tensors in the host's memory, and that memory as a safetensors file.
+"""Safetensors files: a rank's of a checkpoint, from a copy of its tensors in the host's memory; and any other, tensor
+by tensor.
 
 The step loop waits for the copy alone. The memory is laid out as the file is, so writing it takes no second copy, and
 it is kept from one save to the next: fresh pages cost more than the copying.
@@ -8,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -34,6 +36,45 @@ CHUNK = 2**23
 """Bytes that are written and hashed at once; other threads run in the meantime."""
 
 
+Kind = tuple[torch.dtype, tuple[int, ...]]
+"""Type and shape of a tensor."""
+
+
+def _layout(kinds: Mapping[str, Kind], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """A file's header, and where each tensor's bytes stand after it, in the order in which they do."""
+    order = list(_DTYPES)
+    names = sorted(kinds, key=lambda name: (order.index(kinds[name][0]), name))
+    layout: dict[str, Any] = {"__metadata__": dict(metadata)}
+    places: dict[str, tuple[int, int]] = {}
+    end = 0
+    for name in names:
+        dtype, shape = kinds[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        places[name] = begin, end
+        layout[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    header = json.dumps(layout, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header, places
+
+
+def write_tensors(
+    file: BinaryIO, kinds: Mapping[str, Kind], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Writes a safetensors file of any size; one tensor at a time is in memory.
+
+    Args:
+        read: name -> the tensor, of the type and shape that `kinds` says.
+    """
+    header, places = _layout(kinds, metadata)
+    file.write(header)
+    for name, (begin, end) in places.items():
+        tensor = read(name)
+        assert (tensor.dtype, tuple(tensor.shape)) == kinds[name], name
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        assert data.nbytes == end - begin
+        file.write(data.data)
+
+
 class HostCopy:
     """The tensors of one rank at one moment, as the bytes of a safetensors file."""
 
@@ -49,28 +90,15 @@ class HostCopy:
 
     def take(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Copies tensors of any device, and returns when that is done. Overwrites what was taken before."""
-        order = list(_DTYPES)
-        names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
-        layout: dict[str, Any] = {"__metadata__": dict(metadata)}
-        end = 0
-        for name in names:
-            tensor = tensors[name]
-            begin, end = end, end + tensor.numel() * tensor.element_size()
-            layout[name] = {
-                "dtype": _DTYPES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [begin, end],
-            }
-        header = json.dumps(layout, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        self._header = len(header).to_bytes(8, "little") + header
+        kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        self._header, places = _layout(kinds, metadata)
+        end = max((end for _, end in places.values()), default=0)
         on_device = any(tensor.is_cuda for tensor in tensors.values())
         if len(self._memory) < end:
             self._memory = torch.empty(end, dtype=torch.uint8, pin_memory=on_device)
         self._size = end
-        for name in names:
+        for name, (begin, end) in places.items():
             tensor = tensors[name].detach()
-            begin, end = layout[name]["data_offsets"]
             place = self._memory[begin:end].view(tensor.dtype).view(tensor.shape)
             place.copy_(tensor, non_blocking=True)
         if on_device:

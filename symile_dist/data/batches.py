@@ -34,7 +34,7 @@ UNDECODABLE = (ValueError, ArithmeticError, LookupError, TypeError, AttributeErr
 
 
 @dataclass(frozen=True)
-class _Reader:
+class Reader:
     """How one modality comes from its member's bytes to a tensor."""
 
     name: str
@@ -44,7 +44,7 @@ class _Reader:
     transform: Any
 
     @classmethod
-    def from_config(cls, name: str, modality: ModalityConfig) -> _Reader:
+    def from_config(cls, name: str, modality: ModalityConfig) -> Reader:
         decode = resolve(modality.decoder.name, DECODERS, "decoder")
         check_options(decode, {"data": b"", **modality.decoder.options}, "decoder", modality.decoder.name)
         transform = build(modality.transform.name, modality.transform.options, TRANSFORMS, "transform")
@@ -151,7 +151,7 @@ class StepDataset(Dataset[Batch]):
         self.holder, self.seed = Holder(self.populations, order, cache, stop_step), config.seed
         self.label = None if train else config.data.label
         self.metadata_member, self.metadata = config.data.metadata_member, tuple(metadata)
-        self.readers = [_Reader.from_config(name, modality) for name, modality in config.modalities.items()]
+        self.readers = [Reader.from_config(name, modality) for name, modality in config.modalities.items()]
         # Making a generator takes 20 microseconds: as long as reading a sample of features.
         self.augments = train and any(getattr(reader.transform, "uses_rng", True) for reader in self.readers)
         wanted = [reader.member for reader in self.readers]
@@ -377,7 +377,7 @@ class _Undecodable(ValueError):
         self.member = member
 
 
-def _most_common(reader: _Reader, examples: list[torch.Tensor]) -> torch.Tensor:
+def _most_common(reader: Reader, examples: list[torch.Tensor]) -> torch.Tensor:
     """The first example of which most others do not differ."""
     agree = [sum(reader.differs(other, example) is None for other in examples) for example in examples]
     return examples[agree.index(max(agree))]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from symile_dist.hub import reads_weights
 from symile_dist.types import Inputs, Padded
 
 
@@ -34,7 +35,8 @@ class FeatureEncoder(nn.Module):
         if fill == "learned":
             self.fill = nn.Parameter(torch.zeros(input_dim))
         else:
-            vector = torch.zeros(input_dim) if fill == "zeros" else torch.from_numpy(read_vector(fill, input_dim))
+            given = fill != "zeros" and reads_weights()
+            vector = torch.from_numpy(read_vector(fill, input_dim)) if given else torch.zeros(input_dim)
             # Saved with the weights: the model stays the one that was trained, whatever becomes of the file.
             self.register_buffer("fill", vector)
         self.indicator = nn.Embedding(2, input_dim)
@@ -49,11 +51,13 @@ class FeatureEncoder(nn.Module):
     def forward(self, inputs: Inputs, present: Tensor | None = None) -> Tensor:
         """(n, ...), flattened to (n, h), and (n,) flags, all present when left out -> (n, embedding_dim).
 
-        Raises TypeError for `Padded`.
+        Raises TypeError for `Padded`, ValueError for another number of values.
         """
         if isinstance(inputs, Padded):
             raise TypeError("FeatureEncoder takes feature vectors of one size (a tensor), not sequences")
         features = inputs.flatten(1)
+        if features.shape[1] != self.input_dim:
+            raise ValueError(f"FeatureEncoder: a sample has {features.shape[1]} values, input_dim is {self.input_dim}")
         if present is None:
             present = torch.ones(len(features), dtype=torch.bool, device=features.device)
         features = torch.where(present[:, None], features, self.fill.to(features.dtype))

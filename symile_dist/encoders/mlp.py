@@ -38,7 +38,13 @@ class MLP(nn.Module):
         self.input_dim = input_dim
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """(n, ...), flattened to (n, input_dim) -> (n, embedding_dim). Raises TypeError for `Padded`."""
+        """(n, ...), flattened to (n, input_dim) -> (n, embedding_dim).
+
+        Raises TypeError for `Padded`, ValueError for another number of values.
+        """
         if isinstance(inputs, Padded):
             raise TypeError("MLP takes feature vectors of one size (a tensor), not sequences of unequal length")
-        return self.layers(inputs.flatten(1))
+        flat = inputs.flatten(1)
+        if flat.shape[1] != self.input_dim:
+            raise ValueError(f"MLP: a sample has {flat.shape[1]} values, input_dim is {self.input_dim}")
+        return self.layers(flat)

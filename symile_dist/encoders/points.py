@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from symile_dist.encoders.image import ImageConvNet
 from symile_dist.encoders.masked import length_mask
 from symile_dist.encoders.pretrained import layers_of
-from symile_dist.encoders.text import TextConvNet
+from symile_dist.encoders.text import TextConvNet, check_ids
 from symile_dist.registry import ENCODERS, build, check_options, resolve
 from symile_dist.types import Inputs, Padded, PointSet
 
@@ -180,9 +180,13 @@ class TextPoints(nn.Module):
         self.head = PointHead(hidden, embedding_dim, largest_weight)
 
     def forward(self, inputs: Inputs) -> PointSet:
-        """`Padded` of (n, T) int64 character ids -> n sets, of a point per character. Raises TypeError for a tensor."""
+        """`Padded` of (n, T) int64 character ids -> n sets, of a point per character.
+
+        Raises TypeError for a tensor, ValueError for an id that it does not know.
+        """
         if not isinstance(inputs, Padded):
             raise TypeError("TextPoints takes sequences of unequal length (types.Padded), not a tensor")
+        check_ids(inputs.values, self.embedding.num_embeddings)
         values, lengths = self.embedding(inputs.values).transpose(1, 2), inputs.lengths
         values = values * length_mask(lengths, values.shape[2]).to(values.dtype)
         for layer in self.layers:
@@ -214,8 +218,11 @@ class ViTPoints(nn.Module):
 
         if width % heads:
             raise ValueError(f"width = {width} should be a multiple of heads = {heads}")
+        sizes = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if len(sizes) != 2 or any(size < patch_size or size % patch_size for size in sizes):
+            raise ValueError(f"image_size = {image_size} should be a multiple of patch_size = {patch_size}")
         config = ViTConfig(
-            image_size=image_size if isinstance(image_size, int) else tuple(image_size),
+            image_size=sizes,
             patch_size=patch_size,
             num_channels=channels,
             hidden_size=width,
@@ -292,11 +299,12 @@ class TextTransformerPoints(nn.Module):
     def forward(self, inputs: Inputs) -> PointSet:
         """`Padded` of (n, T) int64 ids -> n sets of points.
 
-        Raises TypeError for a tensor, ValueError for texts longer than `context_length`.
+        Raises TypeError for a tensor, ValueError for texts longer than `context_length` and ids beyond `vocabulary`.
         """
         if not isinstance(inputs, Padded) or inputs.values.is_floating_point():
             raise TypeError("TextTransformerPoints takes token ids (types.Padded): use the transform `tokens`")
         values, lengths = inputs
+        check_ids(values, self.vocabulary)
         missing = self.context_length - values.shape[1]
         if missing < 0:
             raise ValueError(

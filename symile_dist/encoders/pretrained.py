@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from symile_dist.hub import unavailable
+from symile_dist.encoders.text import check_ids
+from symile_dist.hub import reads_weights, unavailable
 from symile_dist.types import Inputs, Padded
 
 Pooling = Literal["pooler", "cls", "mean", "none"]
@@ -128,6 +129,7 @@ class PretrainedEncoder(nn.Module):
             mask = inputs.mask()
             padding = self.model.config.pad_token_id
             ids = inputs.values.masked_fill(~mask, 0 if padding is None else padding)
+            check_ids(ids, int(self.model.get_input_embeddings().num_embeddings))
             return {"input_ids": ids, "attention_mask": mask.long()}, inputs.lengths
         frames = 2 * int(self.model.config.max_source_positions)
         if not isinstance(inputs, Padded):
@@ -162,7 +164,7 @@ def check_model(name: str, revision: str) -> Any:
 
 def _check_folder(name: str) -> None:
     folder = Path(name)
-    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+    if folder.is_dir() and reads_weights() and not list(folder.glob("*.safetensors")):
         raise ValueError(f"{name}: holds no .safetensors weights; other formats run code when they are read")
     if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise ValueError(f"{name}: no such folder; a model that save_pretrained wrote is needed there")
@@ -188,8 +190,34 @@ def _quietly() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+def _trained(name: str, revision: str, options: dict[str, Any]) -> tuple[Any, list[str]]:
+    """A model with its weights, and the names of those that lack."""
+    from transformers import AutoModel
+
+    with _quietly():
+        model, told = AutoModel.from_pretrained(
+            name,
+            revision=revision,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    return model, list(told["missing_keys"])
+
+
+def _built(name: str, revision: str, options: dict[str, Any]) -> Any:
+    """A model of a config alone, with weights that are to be overwritten (`hub.weights_follow`)."""
+    from transformers import AutoConfig, AutoModel
+
+    config, rest = AutoConfig.from_pretrained(
+        name, revision=revision, trust_remote_code=False, return_unused_kwargs=True, **options
+    )
+    return AutoModel.from_config(config, trust_remote_code=False, **rest)
+
+
 def load_model(name: str, revision: str, part: str | None = None, pooling: str = "none", **options: Any) -> nn.Module:
-    """One of transformers' models, or a part of it, in float32.
+    """One of transformers' models, or a part of it, in float32; within `hub.weights_follow` of its config alone.
 
     Args:
         pooling: weights of a pooler may lack unless it is `pooler`.
@@ -197,19 +225,9 @@ def load_model(name: str, revision: str, part: str | None = None, pooling: str =
 
     Raises ValueError for a model that cannot be had, lacks weights or has no such part.
     """
-    from transformers import AutoModel
-
     _check_folder(name)
     try:
-        with _quietly():
-            whole, told = AutoModel.from_pretrained(
-                name,
-                revision=revision,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **options,
-            )
+        whole, missing = _trained(name, revision, options) if reads_weights() else (_built(name, revision, options), [])
     except Exception as error:  # OSError for most, but also what safetensors and the hub's client raise
         raise unavailable(name, "cannot be loaded", error) from error
     model: Any = whole
@@ -221,7 +239,7 @@ def load_model(name: str, revision: str, part: str | None = None, pooling: str =
     elif not hasattr(whole.config, "hidden_size") or getattr(whole.config, "is_encoder_decoder", False):
         has = [each for each, key in _PARTS.items() if hasattr(getattr(whole, key, None), "main_input_name")]
         raise ValueError(f"{name}: is made of several parts: set part to {' or '.join(has)}")
-    missing = [key for key in told["missing_keys"] if key.startswith(prefix)]
+    missing = [key for key in missing if key.startswith(prefix)]
     missing = [key for key in missing if pooling == "pooler" or "pooler" not in key]
     if missing:
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from symile_dist.hub import fetch_file
+from symile_dist.hub import fetch_file, reads_weights
 from symile_dist.types import Inputs, Padded
 
 BLOCKS: dict[int, tuple[int, int, int, int]] = {
@@ -101,7 +101,7 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if weights is not None:
+        if weights is not None and reads_weights():
             self._load(weights, revision)
 
     def _load(self, weights: str, revision: str) -> None:

@@ -15,7 +15,7 @@ class FeatureTransformer(nn.Module):
     The steps are projected to embedding_dim, and have no positions beside what their features tell. Of a padded
     sequence the padding is not seen, and its own last step counts.
 
-    Raises ValueError unless embedding_dim is a multiple of `heads`.
+    Raises ValueError unless embedding_dim is a multiple of `heads`, and for what is no sequence of such features.
     """
 
     def __init__(
@@ -28,12 +28,15 @@ class FeatureTransformer(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        if embedding_dim % heads:
+        if heads < 1 or embedding_dim % heads:
             raise ValueError(f"model.embedding_dim = {embedding_dim} is no multiple of heads = {heads}")
         self.projection = nn.Linear(input_dim, embedding_dim, bias=False)
         self.layers = nn.ModuleList(_Layer(embedding_dim, heads, feedforward, dropout) for _ in range(layers))
 
     def forward(self, inputs: Inputs) -> Tensor:
+        values, width = inputs.values if isinstance(inputs, Padded) else inputs, self.projection.in_features
+        if values.ndim != 3 or values.shape[1] == 0 or values.shape[2] != width:
+            raise ValueError(f"FeatureTransformer: the inputs are {tuple(values.shape)}, not (n, T, {width})")
         if isinstance(inputs, Padded):
             last = inputs.lengths.clamp(min=1) - 1
             seen = torch.arange(inputs.values.shape[1], device=last.device) <= last[:, None]

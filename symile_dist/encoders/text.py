@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from symile_dist.encoders.masked import MaskedConv, MaskedPool, length_mask
 from symile_dist.types import CHARACTER_VOCABULARY, Inputs, Padded
+
+
+def check_ids(ids: Tensor, known: int) -> None:
+    """Raises ValueError unless all ids are 0 to known - 1.
+
+    An embedding would say "index out of range", and on a GPU end the process; or take another's row for it.
+    """
+    if torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    lowest, highest = (int(found) for found in torch.aminmax(ids))
+    if lowest < 0 or highest >= known:
+        raise ValueError(
+            f"an id is {lowest if lowest < 0 else highest}, the encoder knows 0 to {known - 1}: is it the tokenizer's?"
+        )
 
 
 class TextConvNet(nn.Module):
@@ -36,9 +51,13 @@ class TextConvNet(nn.Module):
         self.projection = nn.Linear(2 * pooled, embedding_dim)
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """`Padded` of (n, T) int64 character ids -> (n, embedding_dim). Raises TypeError for a plain tensor."""
+        """`Padded` of (n, T) int64 character ids -> (n, embedding_dim).
+
+        Raises TypeError for a plain tensor, ValueError for an id that it does not know.
+        """
         if not isinstance(inputs, Padded):
             raise TypeError("TextConvNet takes sequences of unequal length (types.Padded), not a tensor")
+        check_ids(inputs.values, self.embedding.num_embeddings)
         lengths = inputs.lengths
         values = self.embedding(inputs.values).transpose(1, 2)
         values = values * length_mask(lengths, values.shape[2]).to(values.dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from symile_dist.encoders.pretrained import check_model, layers_of, load_model
+from symile_dist.encoders.text import check_ids
 from symile_dist.types import Inputs, Padded
 
 
@@ -42,13 +43,15 @@ class XLMRobertaEncoder(nn.Module):
         missing_token: bool = False,
     ) -> None:
         super().__init__()
+        if layers < 1:
+            raise ValueError(f"layers should be 1 or more, not {layers}")
         self.check(model, revision)
         self.model = load_model(model, revision, num_hidden_layers=layers, add_pooling_layer=False)
         config = self.model.config
-        longest = config.max_position_embeddings - config.pad_token_id - 1
-        if max_length is not None and not 3 <= max_length <= longest:
+        self.longest = int(config.max_position_embeddings - config.pad_token_id - 1)
+        if max_length is not None and not 3 <= max_length <= self.longest:
             raise ValueError(
-                f"max_length should be 3 to {longest}, as many positions as {model} knows, not {max_length}"
+                f"max_length should be 3 to {self.longest}, as many positions as {model} knows, not {max_length}"
             )
         self.max_length = max_length
         self.missing_id: int | None = config.vocab_size if missing_token else None
@@ -70,7 +73,8 @@ class XLMRobertaEncoder(nn.Module):
     def forward(self, inputs: Inputs, present: Tensor | None = None) -> Tensor:
         """Ids (n, T), or `Padded`, and (n,) flags, all present when left out -> (n, embedding_dim).
 
-        Raises TypeError for numbers that are no ids, ValueError for texts that are too long or have no common length.
+        Raises TypeError for numbers that are no ids, ValueError for texts that are too long or have no common length,
+        and for ids that the model does not know.
         """
         ids = self._ids(inputs)
         if self.missing_id is not None and present is not None:
@@ -96,9 +100,12 @@ class XLMRobertaEncoder(nn.Module):
                     "which all of them are padded"
                 )
             ids = ids.masked_fill(~inputs.mask(), padding)
+        check_ids(ids, int(self.model.config.vocab_size))
         length = self.max_length or ids.shape[1]
         if ids.shape[1] > length:
             raise ValueError(f"XLMRobertaEncoder: texts of {ids.shape[1]} tokens, max_length is {length}")
+        if not 3 <= length <= self.longest:
+            raise ValueError(f"XLMRobertaEncoder: texts of {length} tokens, it knows 3 to {self.longest}")
         return nn.functional.pad(ids, (0, length - ids.shape[1]), value=padding)
 
     def _missing(self, ids: Tensor) -> Tensor:

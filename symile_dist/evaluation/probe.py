@@ -161,9 +161,11 @@ def ridge_probe(
     alpha is chosen by R^2 on the validation split; without one give a single alpha (0: ordinary least squares). One
     eigendecomposition serves all of them.
 
-    Raises ValueError for splits that do not fit together, values that are not finite, and several alphas without a
-    validation split.
+    Raises ValueError for splits that do not fit together, values that are not finite, several alphas without a
+    validation split, and alphas below 0.
     """
+    if len(alphas) == 0 or not min(alphas) >= 0:
+        raise ValueError(f"alphas = {list(alphas)} should be one number of 0 or more, or several")
     if validation is None and len(alphas) != 1:
         raise ValueError("alpha is chosen on a validation split: give one, or a single alpha")
     splits = [split for split in (train, validation, test) if split is not None]

@@ -90,7 +90,7 @@ def config_file(shards: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def shared_ray(shards: Path) -> Iterator[None]:
     """One local Ray for the whole session: a start costs more than a run."""
-    from symile_dist.driver import start_ray
+    from symile_dist.cluster import start_ray
 
     start_ray(parse_config(config_text(shards), "tiny.yaml", ["ray.num_workers=4"]).config)
     yield

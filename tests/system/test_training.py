@@ -17,7 +17,7 @@ import torch
 from symile_dist.checkpoint.manifest import FileEntry, complete_checkpoints, read_manifest
 from symile_dist.checkpoint.reshape import consolidated_weights
 from symile_dist.errors import RunFailed
-from symile_dist.run_directory import locked
+from symile_dist.health.lease import locked
 from symile_dist.storage import sha256_of_file
 from symile_dist.tools.evaluate import evaluate_run
 from tests.system.conftest import MakeConfig
@@ -179,7 +179,7 @@ def test_a_run_goes_on_with_other_steps_but_not_with_another_model(make_config: 
             train(make_config("train.steps=6", override), resume=True)
     # Whoever holds the lock is named; nothing is written meanwhile.
     with locked(config.run_directory):
-        code = "import pathlib, sys, symile_dist.run_directory as r\nwith r.locked(pathlib.Path(sys.argv[1])): pass"
+        code = "import pathlib, sys, symile_dist.health.lease as r\nwith r.locked(pathlib.Path(sys.argv[1])): pass"
         command = [sys.executable, "-c", code, str(config.run_directory)]
         other = subprocess.run(command, capture_output=True, text=True)
         assert f"process {os.getpid()} on" in other.stderr and "trains here already" in other.stderr, other.stderr

@@ -199,3 +199,14 @@ def test_the_installed_command_ends_with_the_exit_code() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: nowhere.yaml: no such file\n")
+
+
+def test_the_hub_s_warnings_are_told_once() -> None:
+    code = (
+        "from symile_dist.cli import main\n"
+        "main(['config', 'schema'])\n"
+        "from huggingface_hub.utils import logging\n"
+        "logging.get_logger('huggingface_hub.http').warning('the hub does not answer')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.count("the hub does not answer") == 1, done.stderr

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from symile_dist.cluster import fitted
 from symile_dist.config import Config
-from symile_dist.driver import fitted
 
 MakeConfig = Callable[..., Config]
 

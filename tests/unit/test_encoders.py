@@ -170,6 +170,15 @@ def test_the_wrong_kind_of_input_is_named() -> None:
             encoder(inputs)
 
 
+def test_values_of_another_number_and_ids_beyond_the_vocabulary_are_told() -> None:
+    with pytest.raises(ValueError, match="a sample has 5 values, input_dim is 4"):
+        MLP(DIM, 4)(torch.ones(2, 5))
+    encoder = TextConvNet(DIM, vocabulary_size=10)
+    for wrong in (10, -1):
+        with pytest.raises(ValueError, match=f"an id is {wrong}, the encoder knows 0 to 9"):
+            encoder(padded([torch.tensor([1, wrong])]))
+
+
 def test_options_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match="odd"):
         TextConvNet(DIM, kernel=4)

@@ -74,6 +74,8 @@ def test_a_learned_fill_is_trained() -> None:
     assert encoder.fill.grad is None or not encoder.fill.grad.any()
     with pytest.raises(TypeError, match="FeatureEncoder"):
         encoder(Padded(torch.ones(1, 4), torch.tensor([4])))
+    with pytest.raises(ValueError, match="a sample has 3 values, input_dim is 4"):
+        encoder(torch.ones(1, 3))
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,14 @@ def test_a_text_does_not_depend_on_how_far_its_batch_is_padded(text: Path) -> No
     for wrong in (torch.randn(2, 3), torch.ones(2, 3, 3, dtype=torch.int64)):
         with pytest.raises(TypeError, match="token ids"):
             encoder(wrong)
+    with pytest.raises(ValueError, match="an id is 50, the encoder knows 0 to 49"):
+        encoder(torch.full((2, 4), 50))
+    encoder.max_length = None
+    for length in (2, encoder.longest + 1):
+        with pytest.raises(ValueError, match=f"texts of {length} tokens, it knows 3 to {encoder.longest}"):
+            encoder(torch.full((2, length), 5))
+    with pytest.raises(ValueError, match="layers should be 1 or more"):
+        XLMRobertaEncoder(DIM, str(text), layers=0)
 
 
 def test_a_missing_text_is_the_missing_token(text: Path) -> None:

@@ -91,6 +91,9 @@ def test_mistakes_are_told() -> None:
         ridge_probe(numbers, numbers)
     with pytest.raises(ValueError, match="different numbers of outputs"):
         ridge_probe(numbers, Split(np.ones((4, 3)), np.ones((4, 2))), alphas=[1.0])
+    for alphas in ([], [-1.0], [np.nan]):
+        with pytest.raises(ValueError, match="should be one number of 0 or more"):
+            ridge_probe(numbers, numbers, numbers, alphas=alphas)
 
 
 def linear(samples: int, seed: int, noise: float) -> Split:

@@ -135,6 +135,10 @@ def test_a_sequence_s_last_step_counts_and_padding_does_not() -> None:
     assert not torch.allclose(encoder(values[:1].flip(1)), found[:1]), "the last step is told from the others"
     with pytest.raises(ValueError, match="no multiple of heads = 3"):
         FeatureTransformer(embedding_dim=8, input_dim=3, heads=3)
+    encoder = FeatureTransformer(embedding_dim=8, input_dim=3, layers=1, heads=2, feedforward=16)
+    for wrong in (torch.ones(2, 3), torch.ones(2, 5, 4), torch.ones(2, 0, 3)):
+        with pytest.raises(ValueError, match=r"not \(n, T, 3\)"):
+            encoder(wrong)
 
 
 def test_the_sequence_encoder_s_layers_are_torch_s() -> None:

@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"config", "types", "similarity"},
     {"distributed", "storage", "hub"},
     {"metrics"},
-    {"data", "encoders", "objectives", "evaluation", "checkpoint"},
+    {"data", "encoders", "objectives", "evaluation", "checkpoint", "health"},
     {"model", "run_directory"},
     {"optim", "inner", "preflight"},
     {"engine"},
@@ -29,7 +29,8 @@ LAYERS: list[set[str]] = [
     {"train"},
     {"rank"},
     {"view"},
-    {"worker"},
+    {"worker", "cluster"},
+    {"board"},
     {"driver"},
     {"launch", "tools"},
     {"cli"},
@@ -40,7 +41,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # A heavy package -> the only modules that may import it, lazily or not.
 ONLY_IN = {
     "deepspeed": ("engine",),
-    "ray": ("worker", "driver", "launch", "tools.features"),
+    "ray": ("worker", "cluster", "board", "driver", "launch", "tools.features"),
     "webdataset": ("data", "tools"),
 }
 

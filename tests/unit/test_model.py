@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from symile_dist.config import Config, parse_config
 from symile_dist.model import MissingEmbedding, MultimodalModel
 from symile_dist.optim import parameter_groups
-from symile_dist.types import Batch, Inputs, PointSet
+from symile_dist.types import Batch, Inputs, Padded, PointSet
 
 TEXT = """
 run: {name: model}
@@ -77,6 +77,15 @@ def test_the_learned_vector_is_trained_at_its_modality_s_rate() -> None:
 def test_an_encoder_that_asks_is_told_what_is_present() -> None:
     found = MultimodalModel(config())(batch()).representations["c"]
     assert (found[:, 0] > 0).tolist() == PRESENT[:, 2].tolist()
+
+
+def test_inputs_that_an_encoder_does_not_take_are_the_user_s_mistake() -> None:
+    """A ValueError: after anything else a worker would be restarted, in vain."""
+    model, values = MultimodalModel(config()), torch.randn(4, 3)
+    sequences: Inputs = Padded(values, torch.full((4,), 3))
+    for wrong, words in ((values[:, :2], "modality 'b': MLP: a sample has 2"), (sequences, "modality 'b': MLP takes")):
+        with pytest.raises(ValueError, match=words):
+            model.encode("b", wrong, PRESENT[:, 1])
 
 
 def test_in_a_point_set_the_learned_vector_stands_alone() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from symile_dist.encoders import ENCODERS
-from symile_dist.encoders.points import PointHead, Points
+from symile_dist.encoders.points import PointHead, Points, ViTPoints
 from symile_dist.encoders.recompute import recompute_parts
 from symile_dist.objectives import WPSELoss
 from symile_dist.registry import build
@@ -190,6 +190,12 @@ def test_what_does_not_go_together_is_told() -> None:
         ValueError, match="a text of 13 tokens, context_length is 12: set the transform's max_length to 12"
     ):
         make("transformer")(Padded(torch.ones(1, 13).long(), torch.tensor([13])))
+    # One id more would be the embedding of a padding position.
+    transformer = make("transformer")
+    with pytest.raises(ValueError, match=f"the encoder knows 0 to {transformer.vocabulary - 1}"):
+        transformer(Padded(torch.full((1, 2), transformer.vocabulary), torch.tensor([2])))
+    with pytest.raises(ValueError, match="a multiple of patch_size"):
+        ViTPoints(DIM, image_size=30, patch_size=16, width=16, layers=1, heads=2)
     for options, words in [
         ({"encoder": "image_convnet", "points": None}, "the encoder emits a vector, set how many points"),
         ({"encoder": {"name": "image_convnet", "grid": [1]}}, "grid must be"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import pytest
 
 from symile_dist.cli import main
 from symile_dist.data.manifest import read_manifest
+from symile_dist.errors import RunFailed, RunStopped
+from symile_dist.tools.reproduce import xor
+from symile_dist.tools.reproduce.lab import Lab
 from symile_dist.tools.reproduce.m3_digits import word_tokenizer
 from symile_dist.tools.reproduce.names import EXPERIMENTS
 from symile_dist.tools.reproduce.publish import publish
@@ -164,6 +168,19 @@ def test_a_mistake_is_told_before_anything_starts(
     assert ended.value.code == 2
     assert not (tmp_path / "out").exists()
     assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RunStopped, RunFailed])
+def test_a_trial_that_cannot_go_on_ends_in_one_line(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stops(lab: Lab) -> Report:
+        raise pickle.loads(pickle.dumps(error("the loss was not finite 10 times in a row")))  # as from another process
+
+    monkeypatch.setattr(xor, "run", stops)
+    assert main(["reproduce", "xor", "--json", "--out", str(tmp_path)]) == 1
+    told = capsys.readouterr()
+    assert told.out == "" and "failed: the loss was not finite 10 times in a row" in told.err
 
 
 def test_every_experiment_is_there() -> None:

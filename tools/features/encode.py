@@ -185,7 +185,8 @@ def _encode_all(
     begin: Callable[[dict[str, str]], None],
     progress: Progress | None,
 ) -> None:
-    from symile_dist.driver import join_ray, terminated_like_interrupted
+    from symile_dist.cluster import join_ray
+    from symile_dist.driver import terminated_like_interrupted
     from symile_dist.tools.features.actors import encode_shards
 
     cpus = recipe.config.ray.cpus_per_worker

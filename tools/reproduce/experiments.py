@@ -16,7 +16,7 @@ from rich.console import Group
 from rich.table import Table
 
 import symile_dist
-from symile_dist.run_directory import locked
+from symile_dist.health.lease import locked
 from symile_dist.storage import write_json, write_text
 from symile_dist.tools.reproduce.lab import Lab
 from symile_dist.tools.reproduce.names import EXPERIMENTS

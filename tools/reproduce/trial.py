@@ -25,10 +25,11 @@ import torch.distributed as dist
 
 from symile_dist.config import Config
 from symile_dist.errors import RunFailed
+from symile_dist.health.lease import locked
 from symile_dist.metrics.history import HISTORY_FILE, read_history
 from symile_dist.metrics.recorder import Recorder
 from symile_dist.rank import train_rank
-from symile_dist.run_directory import CONFIG_FILE, load_run, locked, prepare, update_run
+from symile_dist.run_directory import CONFIG_FILE, load_run, prepare, update_run
 from symile_dist.storage import read_json, write_json
 from symile_dist.tools.evaluate import evaluate_run
 

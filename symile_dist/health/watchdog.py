@@ -1,0 +1,84 @@
+"""Watches the ranks of a node from a process of its own: a rank that is stuck cannot watch itself.
+
+Where the ranks give no sign of life for too long, their stacks go into the run's logs, and they are killed: the driver
+sees that they are lost, and restarts the group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from symile_dist.health.beat import HEALTH, SignOfLife, signs_of_life
+
+POLL_SECONDS = 0.5
+
+
+def start_watchdog(run_directory: Path, fence: int, host: str, hang_seconds: float) -> subprocess.Popen[bytes]:
+    """Watches this node's ranks of an attempt as long as the calling process lives."""
+    arguments = [str(run_directory), str(fence), host, str(hang_seconds), str(os.getpid())]
+    return subprocess.Popen([sys.executable, "-m", "symile_dist.health.watchdog", *arguments])
+
+
+def hang_of(run_directory: Path, fence: int) -> str | None:
+    """What the watchdog of an attempt found, in words; None where it found nothing."""
+    found = sorted((run_directory / HEALTH).glob(f"hang-{fence:06d}-*.txt"))
+    return found[0].read_text().strip() if found else None
+
+
+def watch(run_directory: Path, fence: int, host: str, hang_seconds: float, parent: int) -> None:
+    """Returns when the parent has ended, or when the ranks were stuck and have been killed."""
+    counts: dict[int, int] = {}
+    changed: dict[int, float] = {}
+    while os.getppid() == parent:
+        ranks = [sign for sign in signs_of_life(run_directory, fence).values() if sign.host == host]
+        now = time.monotonic()
+        for sign in ranks:
+            if counts.get(sign.rank) != sign.signs:
+                counts[sign.rank], changed[sign.rank] = sign.signs, now
+        # All ranks wait for the slowest: when one is stuck, so are all. The first to have fallen silent is told.
+        if ranks and all(now - changed[sign.rank] > hang_seconds for sign in ranks):
+            _end(run_directory, fence, host, ranks, hang_seconds)
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def _end(run_directory: Path, fence: int, host: str, ranks: list[SignOfLife], hang_seconds: float) -> None:
+    steps = {sign.rank: sign.step for sign in ranks}
+    behind = [rank for rank, step in steps.items() if step == min(steps.values())]
+    stacks = run_directory / "logs" / f"stacks-{fence:06d}-{host}.txt"
+    stacks.parent.mkdir(parents=True, exist_ok=True)
+    with open(stacks, "wb") as file:
+        for sign in ranks:
+            file.write(f"== rank {sign.rank}, process {sign.pid}, in step {sign.step + 1}\n".encode())
+            file.write(_stack(sign.pid))
+    words = (
+        f"no step was finished for {hang_seconds:g} s on {host} "
+        f"(behind: rank {', '.join(map(str, behind))}); stacks in {stacks}"
+    )
+    (run_directory / HEALTH / f"hang-{fence:06d}-{host}.txt").write_text(words)
+    for sign in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(sign.pid, signal.SIGKILL)
+
+
+def _stack(pid: int) -> bytes:
+    """What a process is doing, by py-spy: it asks nothing of the process itself."""
+    command = shutil.which("py-spy") or str(Path(sys.executable).with_name("py-spy"))
+    try:
+        # --nonblocking: a stopped process is looked at as it is.
+        found = subprocess.run([command, "dump", "--nonblocking", "--pid", str(pid)], capture_output=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"(no stack: {error})\n\n".encode()
+    return found.stdout + found.stderr + b"\n"
+
+
+if __name__ == "__main__":
+    directory, number, name, limit, pid = sys.argv[1:]
+    watch(Path(directory), int(number), name, float(limit), int(pid))
