@@ -26,6 +26,7 @@ _PUBLIC = {
     "StepReport": "symile_dist.types",
     "load_config": "symile_dist.config",
     "load_embeddings": "symile_dist.evaluation.embeddings",
+    "load_encoders": "symile_dist.exported",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -100,6 +100,38 @@ def _evaluate(options: argparse.Namespace) -> int:
     return _print_result(options, results, lambda: format_results(results))
 
 
+def _checkpoints_list(options: argparse.Namespace) -> int:
+    from symile_dist.tools.checkpoints import checkpoints_table, list_checkpoints
+
+    found = list_checkpoints(options.run)
+    return _print_result(options, found, lambda: checkpoints_table(found))
+
+
+def _checkpoints_verify(options: argparse.Namespace) -> int:
+    from symile_dist.tools.checkpoints import format_verified, verify_checkpoints
+    from symile_dist.tools.progress import progress_bar
+
+    with progress_bar(f"verifying {options.run}") as progress:
+        found = verify_checkpoints(options.run, options.step, progress)
+    _print_result(options, found, lambda: format_verified(found))
+    return EXIT_FAILED if found["damaged"] else EXIT_OK
+
+
+def _checkpoints_consolidate(options: argparse.Namespace) -> int:
+    from symile_dist.tools.checkpoints import consolidate
+
+    done = consolidate(options.run, options.out, options.step, options.force)
+    words = f"{done['out']}: {done['parameters']:,} parameters of step {done['step']}, {done['bytes'] / 1e6:.1f} MB"
+    return _print_result(options, done, lambda: words)
+
+
+def _checkpoints_export(options: argparse.Namespace) -> int:
+    from symile_dist.tools.checkpoints import export, format_exported
+
+    summary = export(options.run, options.out, options.step, options.overrides)
+    return _print_result(options, summary, lambda: format_exported(summary))
+
+
 def _config_validate(options: argparse.Namespace) -> int:
     from symile_dist.config import load_config
 
@@ -554,6 +586,48 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--export", metavar="FILE", help="write the embeddings to a Parquet file")
     evaluate.add_argument("--metadata", metavar="A,B", help="keys of the samples' metadata to export beside them")
     evaluate.add_argument("--no-figure", action="store_true", help="draw none")
+
+    checkpoints = commands.add_parser(
+        "checkpoints", help="What a run has saved, whether it is whole, and its weights for use elsewhere."
+    )
+    checkpoints_commands = checkpoints.add_subparsers(metavar="COMMAND", required=True)
+    listed = _command(
+        checkpoints_commands,
+        "list",
+        _checkpoints_list,
+        "What a run has saved, step by step, and what unfinished saves have left.",
+        "symile-dist checkpoints list runs/demo-symile",
+    )
+    verified = _command(
+        checkpoints_commands,
+        "verify",
+        _checkpoints_verify,
+        "Compare every file of a run's checkpoints with the manifests. Exit code 1: one is damaged.",
+        "symile-dist checkpoints verify runs/demo-symile --step latest",
+    )
+    verified.add_argument("--step", help="a step, `latest` or `best` (default: all)")
+    consolidated = _command(
+        checkpoints_commands,
+        "consolidate",
+        _checkpoints_consolidate,
+        "Write the whole fp32 weights of a checkpoint to one safetensors file.",
+        "symile-dist checkpoints consolidate runs/demo-symile --step best --out weights.safetensors",
+    )
+    consolidated.add_argument("--out", required=True, metavar="FILE", help="a file whose name ends in .safetensors")
+    consolidated.add_argument("--force", action="store_true", help="overwrite it")
+    exported = _command(
+        checkpoints_commands,
+        "export",
+        _checkpoints_export,
+        "Write the encoders to a folder that symile_dist.load_encoders reads, with a model card: docs/checkpoints.md",
+        "symile-dist checkpoints export runs/demo-symile --step best --out digits",
+    )
+    exported.add_argument("--out", required=True, metavar="DIR", help="a folder that is empty or not there")
+    for each in (listed, verified, consolidated, exported):
+        each.add_argument("run", metavar="RUN", help="the run's directory")
+    for each in (consolidated, exported):
+        each.add_argument("--step", default="latest", help="a step, `latest` (default) or `best` (by validation)")
+    exported.add_argument("overrides", metavar="key=value", nargs="*", help="changes to its config")
 
     config = commands.add_parser("config", help="Validate, explain or describe configs.")
     config_commands = config.add_subparsers(metavar="COMMAND", required=True)

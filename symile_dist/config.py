@@ -323,10 +323,28 @@ class TrainConfig(Section):
     work. By layers where an encoder names them (`checkpointed`), else all of it at once."""
     compile: bool = False
     """Compile the encoders by torch.compile; the first steps take minutes."""
-    max_consecutive_skips: Positive = 10
-    """The run stops when this many steps in a row had a non-finite loss or gradient."""
     log_every: Positive = 10
     """Steps between records in the history."""
+
+
+class GuardConfig(Section):
+    action: Literal["off", "warn", "skip"] = "warn"
+    """What a spike does, a loss or a gradient norm far above those of the steps before: `warn` tells of it, `skip` lets
+    no rank take the step. A step whose loss or gradients are not finite is always skipped."""
+    window: Annotated[int, Field(ge=4)] = 128
+    """Steps that a spike is judged by: the last ones that were taken. Judging begins when half of them are there."""
+    threshold: PositiveFloat = 6.0
+    """A spike lies more than so many standard deviations (robust ones: 1.4826 median absolute deviations) above the
+    window's median; gradient norms are compared by their logs."""
+    patience: Positive = 10
+    """So many skipped steps in a row, and the run goes back to a checkpoint from before them."""
+    margin: NonNegative = 20
+    """How many of the last steps before such a row are distrusted, too: what spoils the weights comes before it shows.
+    The checkpoint is from before them, and their batches are left out with those of the row."""
+    max_rollbacks: NonNegative = 2
+    """How often the run goes back; then it stops, and names the samples of the last batch. 0: it stops at once."""
+    exclude: list[Positive] = []
+    """Steps, by their number in the history, that are left out: their batches are consumed, and no more."""
 
 
 class ValidationConfig(Section):
@@ -439,6 +457,8 @@ class Config(Section):
     """AdamW and its schedule."""
     train: TrainConfig
     """The loop."""
+    guard: GuardConfig = GuardConfig()
+    """Steps that are better not taken."""
     validation: ValidationConfig = ValidationConfig()
     """Validation in the loop."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -578,6 +598,8 @@ def _cross_checks(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if isinstance(zero, dict) and "stage" in zero:
         path = ("deepspeed", "zero_optimization", "stage")
         yield path, "follows from the config; set train.zero_stage in its place"
+    if isinstance(zero, dict) and zero.get("compute_grad_norm") is False:
+        yield ("deepspeed", "zero_optimization", "compute_grad_norm"), "the gradient norm is needed: leave it out"
     for name in config.modalities:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
             yield ("modalities", name), "a modality's name is made of letters, digits and '_', and begins with a letter"

@@ -182,9 +182,10 @@ def _attempt(config: Config, lease: Lease, board: Any, view: TerminalView, resta
 def _failure(config: Config, fence: int, error: Exception | None, ranks: dict[int, dict[str, Any]]) -> Failure:
     """Whose failure it was, and of what kind: of the rank that died where one did, else of the one that raised."""
     import ray
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
     failures: dict[int, Exception] = getattr(error, "worker_failures", None) or {}
-    died = {rank: each for rank, each in failures.items() if isinstance(each, ray.exceptions.RayActorError)}
+    died = {rank: each for rank, each in failures.items() if isinstance(each, WorkerHealthCheckFailedError)}
     rank, cause_of = next(iter(sorted((died or failures).items())), (None, error))
     node = ranks.get(rank, {}).get("node") if rank is not None else None
     beats = signs_of_life(config.run_directory, fence)
@@ -195,7 +196,8 @@ def _failure(config: Config, fence: int, error: Exception | None, ranks: dict[in
     alive = {each["NodeID"] for each in ray.nodes() if each["Alive"]}
     if hang:
         cause, message = "hang", hang
-    elif any(word in str(cause_of) for word in ("OutOfMemory", "out of memory", "OOM")):
+    elif isinstance(cause_of, ray.exceptions.OutOfMemoryError) or (not died and "out of memory" in str(cause_of)):
+        # (What Ray says of any actor that died mentions the possibility.)
         cause, message = "out_of_memory", f"rank {rank} ran out of memory"
     elif node and node not in alive:
         cause, message = "node_lost", f"the node of rank {rank} is lost"

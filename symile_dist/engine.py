@@ -21,7 +21,7 @@ from symile_dist.checkpoint.manifest import CheckpointError
 from symile_dist.checkpoint.pieces import pieces_of, restore, saved_tensors, spread_weights
 from symile_dist.checkpoint.shards import PIECES, Shards
 from symile_dist.config import Config
-from symile_dist.distributed import host_group, world_size
+from symile_dist.distributed import all_reduce_max, host_group, world_size
 from symile_dist.encoders.batch_norm import convert_batch_norms
 from symile_dist.encoders.recompute import compile_encoder
 from symile_dist.inner import InnerOptimizer
@@ -34,12 +34,18 @@ class StepResult(NamedTuple):
     applied: bool
     """False when a non-finite loss or gradient was seen: the same on all ranks, and no weight has changed."""
     grad_norm: float
-    """Global norm before clipping; not finite when the step was skipped."""
+    """Global norm before clipping; not finite where the gradients were not."""
     learning_rate: float
     rescaled: bool = False
     """Skipped because gradients exceeded fp16's range: the loss is scaled by half as much from here on."""
     inner_applied: bool = True
     """False when a gradient of the objective's inner modules was not finite: the same on all ranks."""
+    refused: bool = False
+    """Skipped because whoever was asked did not admit it: see `Engine.step`."""
+
+
+Admits = Callable[[float], bool]
+"""Global gradient norm before clipping -> whether the step may be taken. The same on all ranks, which ask in step."""
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -136,6 +142,39 @@ def _whole(*parameters: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
     return GatheredParameters(list(parameters), modifier_rank=0, enabled=any(hasattr(p, "ds_id") for p in parameters))
 
 
+def _ask_before_steps(optimizer: Any, admits: Callable[[Tensor], bool]) -> None:
+    """Has DeepSpeed's ZeRO optimizer ask, once it knows the gradients' norm and before it changes anything.
+
+    It computes the norm in the midst of its step, and drops the step where that is not finite. So where a step is not
+    admitted it gets to see an infinite norm; fp16's scale is left as it is then. `admits` gets the norm of gradients
+    that hold that scale.
+    """
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    refused = False
+
+    def asked(norm: Tensor) -> Tensor:
+        nonlocal refused
+        refused = bool(torch.isfinite(norm)) and not admits(norm)
+        return torch.full_like(norm, torch.inf) if refused else norm
+
+    if hasattr(optimizer, "_get_norm_groups"):  # stage 3
+        norms_of_groups = optimizer._get_norm_groups
+        optimizer._get_norm_groups = lambda: [asked(combine_grad_norm_groups(norms_of_groups()))]
+    else:  # stages 1 and 2
+        global_norm = optimizer.scaled_global_norm
+        optimizer.scaled_global_norm = lambda: asked(global_norm())
+    update_scale = optimizer._update_scale
+
+    def update_scale_unless_refused(has_overflow: bool) -> None:
+        nonlocal refused
+        if not refused:
+            update_scale(has_overflow)
+        refused = False
+
+    optimizer._update_scale = update_scale_unless_refused
+
+
 def copy_weights(module: TrainingModule, weights: dict[str, Tensor]) -> list[str]:
     """Copies weights by name where the shapes agree; returns the names. Raises ValueError when none fits."""
     copied = []
@@ -202,6 +241,10 @@ class Engine:
         self.inner = InnerOptimizer(inner, config.optimizer.inner) if inner else None
         self._inner_loss: Callable[[], Tensor] | None = None
         self._lowest_loss_scale = self._configure_loss_scaler()
+        self._admits: Admits | None = None  # of the step that is being taken
+        self._refused_norm: float | None = None
+        if config.train.zero_stage > 0:
+            _ask_before_steps(self.deepspeed.optimizer, self._admitted)
         self.train()
         if config.train.compile:
             for encoder in module.model.encoders.values():
@@ -303,12 +346,16 @@ class Engine:
                 "a checkpoint"
             )
 
-    def step(self, step: int) -> StepResult:
+    def step(self, step: int, admits: Admits | None = None) -> StepResult:
         """Takes the optimizer step, or skips it on all ranks when any rank has a non-finite gradient.
 
         Then, if it was taken, the inner modules' step, on their loss of the same forward pass.
+
+        Args:
+            admits: asked before anything is changed, where the gradients are finite.
         """
         self._check_whole()
+        self._admits, self._refused_norm = admits, None
         result = self._outer_step(step)
         loss, self._inner_loss = self._inner_loss, None
         if self.inner is None or not result.applied:
@@ -321,15 +368,24 @@ class Engine:
         for group, peak in zip(self.deepspeed.optimizer.param_groups, self._peak_learning_rates, strict=True):
             group["lr"] = peak * factor
         learning_rate = self.config.optimizer.lr * factor
-        if self.config.train.zero_stage == 0 and self.dtype == torch.float32:
+        if self.config.train.zero_stage == 0:
             return self._plain_step(learning_rate)
         scale = self.loss_scale()
         self.deepspeed.step()
-        applied = bool(self.deepspeed.was_step_applied())
-        norm = self.deepspeed.get_global_grad_norm()
-        grad_norm = float(norm) if norm is not None else float("nan")
-        rescaled = not applied and scale > self._lowest_loss_scale and bool(self._finite)
-        return StepResult(applied, grad_norm if applied else float("nan"), learning_rate, rescaled)
+        if self._refused_norm is not None:
+            return StepResult(False, self._refused_norm, learning_rate, refused=True)
+        if not self.deepspeed.was_step_applied():
+            finite = not all_reduce_max((~self._finite).to(self.device, torch.uint8))
+            return StepResult(False, math.nan, learning_rate, rescaled=finite and scale > self._lowest_loss_scale)
+        return StepResult(True, float(self.deepspeed.get_global_grad_norm()), learning_rate)
+
+    def _admitted(self, norm: Tensor) -> bool:
+        """Asks `admits`, if there is someone to ask."""
+        value = float(norm) / self.loss_scale()
+        if self._admits is None or self._admits(value):
+            return True
+        self._refused_norm = value
+        return False
 
     def _configure_loss_scaler(self) -> float:
         """Returns the scale below which it does not go, where it then stays: the loop counts skips and ends the run."""
@@ -344,16 +400,19 @@ class Engine:
         return float(self.deepspeed.optimizer.loss_scale) if self.dtype == torch.float16 else 1.0
 
     def _plain_step(self, learning_rate: float) -> StepResult:
-        # Stage 0 in fp32 is torch's own optimizer behind DeepSpeed's all-reduce, and nothing there looks for NaN. The
-        # gradients are already averaged, so every rank comes to the same decision.
+        # At stage 0 gradients are whole and already averaged, so every rank comes to the same decision. In fp32 it is
+        # torch's own optimizer behind DeepSpeed's all-reduce, and nothing there looks for NaN.
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not torch.isfinite(torch.tensor(norm)):
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        finite = bool(torch.isfinite(norm))
+        if not finite or not self._admitted(norm):
             self.deepspeed.zero_grad()
             self.deepspeed.optimizer.zero_grad()
-            return StepResult(False, float("nan"), learning_rate)
+            return StepResult(False, float(norm) if finite else math.nan, learning_rate, refused=finite)
         self.deepspeed.step()
-        return StepResult(True, norm, learning_rate)
+        assert self.deepspeed.was_step_applied()
+        return StepResult(True, float(norm), learning_rate)
 
     def logit_scale(self) -> float:
         """What logits are multiplied with. Waits for the device; call it on all ranks (ZeRO-3 gathers)."""

@@ -53,6 +53,7 @@ class InnerOptimizer:
 
     def load_tensors(self, saved: Mapping[str, Tensor]) -> None:
         """Puts what `tensors` gave in the place of Adam's state."""
+        self.adam.state.clear()
         for key, value in saved.items():
             number, _, name = key.partition(".")
             parameter = self.parameters[int(number)]

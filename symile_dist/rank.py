@@ -11,9 +11,11 @@ from symile_dist.checkpoint.manager import CheckpointManager, seed_everything
 from symile_dist.checkpoint.manifest import Manifest
 from symile_dist.checkpoint.reshape import consolidated_weights
 from symile_dist.config import Config
-from symile_dist.data.loader import open_training
+from symile_dist.data.loader import TrainingLoader, open_training
 from symile_dist.distributed import raise_together
 from symile_dist.engine import Engine, import_deepspeed
+from symile_dist.errors import RunStopped
+from symile_dist.health.guard import ADVICE, RollBack, gone_back
 from symile_dist.health.stop import StopRequest
 from symile_dist.metrics.history import History
 from symile_dist.metrics.recorder import Recorder
@@ -51,12 +53,7 @@ def train_rank(
     checkpoints = CheckpointManager(config, fence)
     manifest = checkpoints.find()
     state = TrainState.from_manifest(manifest) if manifest else TrainState()
-    problem = None
-    try:
-        loader = open_training(config, rank, state.step, manifest.loader_state if manifest else None, persist=rank == 0)
-    except (ValueError, OSError) as error:
-        problem = str(error)
-    raise_together(problem)
+    loader = _open_loader(config, rank, manifest)
     source, weights = None, None
     if config.run.init_from and not manifest:
         source = newest_checkpoint(config.run.init_from)[1]
@@ -73,10 +70,57 @@ def train_rank(
         recorder.event(0, f"warm start: {len(engine.warm_started)} of {total} parameters from {source}")
     validator = Validator(config, engine) if config.data.validation else None
     _log_start(config, engine, manifest)
+    stop = stop or StopRequest()
     try:
-        return train(config, engine, loader, validator, checkpoints, recorder, state, stop or StopRequest(), beat)
+        while True:
+            try:
+                return train(config, engine, loader, validator, checkpoints, recorder, state, stop, beat)
+            except RollBack as error:
+                rollback = error.with_traceback(None)  # it would keep the loader's processes alive
+            manifest, state = _go_back(engine, checkpoints, recorder, state, rollback)
+            loader = _open_loader(config, rank, manifest)
+            if rank == 0:
+                recorder.history = History(config.run_directory, resume_step=state.step)
+            recorder.count_rollback()
+            words = f"back to step {state.step}; steps {rollback.first} to {rollback.last} are left out"
+            recorder.event(state.step, words, level="warning")
+            beat(state.step)
     finally:
         checkpoints.close()
+
+
+def _open_loader(config: Config, rank: int, manifest: Manifest | None) -> TrainingLoader:
+    """The data from a checkpoint on, or from the beginning. Raises ValueError on all ranks alike."""
+    problem = None
+    step, saved = (manifest.step, manifest.loader_state) if manifest else (0, None)
+    try:
+        loader = open_training(config, rank, step, saved, persist=rank == 0)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    raise_together(problem)
+    return loader
+
+
+def _go_back(
+    engine: Engine, checkpoints: CheckpointManager, recorder: Recorder, state: TrainState, rollback: RollBack
+) -> tuple[Manifest, TrainState]:
+    """Loads the newest checkpoint from before what went wrong, and gives up those after it.
+
+    Raises RunStopped, on all ranks, where there is none.
+    """
+    manifest = checkpoints.find(before=rollback.first)
+    if manifest is None:
+        raise RunStopped(
+            f"{rollback.reason}. There is no checkpoint from before step {rollback.first} (guard.margin) to go back "
+            f"to; checkpoint.every and checkpoint.keep_last say which there are. {ADVICE}"
+        )
+    checkpoints.give_up_after(manifest.step)
+    checkpoints.load(engine, manifest)
+    if recorder.history:
+        recorder.history.close()
+    restored = TrainState.from_manifest(manifest)
+    restored.guard = gone_back(restored.guard, state.guard, rollback)
+    return manifest, restored
 
 
 def _log_start(config: Config, engine: Engine, manifest: Manifest | None) -> None:

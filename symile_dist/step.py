@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,11 +20,18 @@ class TrainedStep(NamedTuple):
     result: StepResult
 
 
-def train_step(engine: Engine, batch: Batch, step: int, recorder: Recorder) -> TrainedStep:
+def train_step(
+    engine: Engine,
+    batch: Batch,
+    step: int,
+    recorder: Recorder,
+    admits: Callable[[Tensor, float], bool] | None = None,
+) -> TrainedStep:
     """Forward, objective on the global batch, backward, and the optimizer step, which all ranks take or skip together.
 
     Args:
         step: number of the global batch, from 0; with the seed it decides the negatives and the learning rate.
+        admits: asked with the global loss and the gradients' norm whether the optimizer may step.
     """
     size = engine.config.encoded_at_once
     if size < len(batch):
@@ -35,5 +43,6 @@ def train_step(engine: Engine, batch: Batch, step: int, recorder: Recorder) -> T
         with recorder.phase("backward"):
             engine.backward(report.loss)
     with recorder.phase("optimizer"):
-        result = engine.step(step)
-    return TrainedStep(report.loss.detach(), report.metrics, result)
+        loss = report.loss.detach()
+        result = engine.step(step, (lambda grad_norm: admits(loss, grad_norm)) if admits else None)
+    return TrainedStep(loss, report.metrics, result)

@@ -6,7 +6,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -18,7 +19,9 @@ from symile_dist.distributed import all_reduce_sum, gather_objects, rank
 from symile_dist.engine import Engine
 from symile_dist.errors import RunPreempted, RunStopped
 from symile_dist.failpoints import failpoint
+from symile_dist.health.guard import ADVICE, Guard, GuardState, RollBack
 from symile_dist.health.stop import StopRequest
+from symile_dist.metrics.history import HISTORY_FILE
 from symile_dist.metrics.recorder import Recorder
 from symile_dist.step import TrainedStep, train_step
 from symile_dist.types import Batch, Fault
@@ -37,14 +40,18 @@ class TrainState:
     """Valid samples, over all ranks."""
     unreadable_samples: int = 0
     skipped_steps: int = 0
-    consecutive_skips: int = 0
     best_step: int | None = None
     """Step of the best validation so far."""
     best_value: float | None = None
+    guard: GuardState = field(default_factory=GuardState)
 
     @classmethod
     def from_manifest(cls, manifest: Manifest) -> TrainState:
-        return cls(**manifest.train_state)
+        return cls(**{**manifest.train_state, "guard": GuardState(**manifest.train_state["guard"])})
+
+    def summary(self) -> dict[str, Any]:
+        """For people: without what the guard remembers of single steps."""
+        return {key: value for key, value in asdict(self).items() if key != "guard"}
 
 
 def train(
@@ -64,8 +71,10 @@ def train(
     come to its end.
 
     Raises, on all ranks alike: RunPreempted, with everything saved, once a stop was asked for; RunStopped when too many
-    steps in a row are skipped or too many samples are unreadable.
+    steps in a row are skipped or too many samples are unreadable; RollBack, with no save on its way, when training is
+    to begin again from an older checkpoint.
     """
+    guard = Guard(config.guard, state.guard)
     steps = config.train.steps
     due_for = {"log": config.train.log_every, "validation": config.validation.every, "save": config.checkpoint.every}
     recorder.restart_clock()
@@ -73,10 +82,19 @@ def train(
     for batch in _timed(loader, recorder):
         beat(state.step)
         failpoint("step", rank(), state.step)
-        trained = train_step(engine, batch, state.step, recorder)
-        stopping = _count(config, state, batch, trained, loader, recorder, time.perf_counter() - last, stop)
+        trained = None
+        if not guard.excludes(state.step + 1):
+            admits = guard.admits if config.guard.action == "skip" else None
+            trained = train_step(engine, batch, state.step, recorder, admits)
+        skipped_for = _skip_reason(trained, guard)
+        stopping = _count(config, engine, state, batch, skipped_for, loader, recorder, time.perf_counter() - last, stop)
+        rollback = _guarded(guard, state, batch, trained, loader, recorder)
+        if rollback:
+            checkpoints.settle()
+            _tell_saves(checkpoints, recorder, state)
+            raise rollback
         due = {what for what, every in due_for.items() if state.step == steps or (every and state.step % every == 0)}
-        if "log" in due:
+        if "log" in due and trained:
             _log(config, engine, state, trained, loader, recorder)
         if "validation" in due and validator:
             _validate(config, state, validator, recorder)
@@ -105,11 +123,23 @@ def _timed(loader: TrainingLoader, recorder: Recorder) -> Iterator[Batch]:
         yield batch
 
 
+def _skip_reason(trained: TrainedStep | None, guard: Guard) -> str | None:
+    """One of SKIP_REASONS; None where the step was taken."""
+    if trained is None:
+        return "excluded"
+    if trained.result.applied:
+        return None
+    if trained.result.refused:
+        return guard.found
+    return "overflow" if trained.result.rescaled else "nonfinite_grad"
+
+
 def _count(
     config: Config,
+    engine: Engine,
     state: TrainState,
     batch: Batch,
-    trained: TrainedStep,
+    skipped_for: str | None,
     loader: TrainingLoader,
     recorder: Recorder,
     seconds: float,
@@ -121,34 +151,68 @@ def _count(
     """
     local = int(batch.valid.sum())
     # Valid slots over all ranks, and wishes to stop: the same numbers everywhere, so that all stop together.
-    counts = torch.tensor([local, stop.reason is not None], device=trained.loss.device)
+    counts = torch.tensor([local, stop.reason is not None], device=engine.device)
     valid, wishes = all_reduce_sum(counts).tolist()
     state.step += 1
     state.samples_seen += valid
     state.unreadable_samples += config.train.global_batch_size - valid
-    skipped_for = "overflow" if trained.result.rescaled else "nonfinite_grad"
-    recorder.count_step(seconds, local, valid, None if trained.result.applied else skipped_for)
+    recorder.count_step(seconds, local, valid, skipped_for)
     recorder.count_data(batch, loader.queue_depth)
     if valid < config.train.global_batch_size:
         _unreadable(config, state, batch, loader, recorder)
-    if trained.result.applied and trained.result.inner_applied:
-        state.consecutive_skips = 0
-        return wishes > 0
+    return wishes > 0
+
+
+def _guarded(
+    guard: Guard,
+    state: TrainState,
+    batch: Batch,
+    trained: TrainedStep | None,
+    loader: TrainingLoader,
+    recorder: Recorder,
+) -> RollBack | None:
+    """Tells of spikes and skipped steps; says whether the run is to go back, and raises RunStopped when it has too
+    often."""
+    if trained is None:
+        state.skipped_steps += 1
+        return None
+    result, config = trained.result, guard.config
+    if result.applied and config.action != "off":
+        loss = float(trained.loss)  # no wait: the step has asked the device for the norm
+        spike = guard.spike(loss, result.grad_norm) if config.action == "warn" else None
+        if spike:
+            what = f"loss {loss:.4g}, gradient norm {result.grad_norm:.4g}"
+            recorder.event(state.step, f"step {state.step} is a spike ({spike}): {what}", level="warning")
+        guard.took(loss, result.grad_norm)
+    if result.applied and result.inner_applied:
+        guard.went_well()
+        return None
     state.skipped_steps += 1
-    if trained.result.rescaled:
+    if result.rescaled:
         words = "gradients exceed fp16's range; the loss is scaled by less from here on"
         recorder.event(state.step, f"step {state.step} skipped: {words}", level="warning")
-        return wishes > 0
-    state.consecutive_skips += 1
-    inner = " of the inner optimizer" if trained.result.applied else ""
-    recorder.event(state.step, f"step {state.step}{inner} skipped: non-finite loss or gradient", level="warning")
-    if state.consecutive_skips >= config.train.max_consecutive_skips:
+        return None
+    inner = " of the inner optimizer" if result.applied else ""
+    words = "non-finite loss or gradient"
+    if result.refused:
+        words = f"a spike ({guard.found}): loss {float(trained.loss):.4g}, gradient norm {result.grad_norm:.4g}"
+    recorder.event(state.step, f"step {state.step}{inner} skipped: {words}", level="warning")
+    if not guard.skipped(state.step):
+        return None
+    samples = [name for part in gather_objects(loader.names(batch.sample_ids)) for name in part]
+    more = f" and {len(samples) - 5} more (in {HISTORY_FILE})" if len(samples) > 5 else ""
+    reason = (
+        f"step {state.step}: loss or gradients were not finite{', or a spike,' if config.action == 'skip' else ''} for "
+        f"{state.guard.consecutive_skips} steps in a row (guard.patience); the last batch held {', '.join(samples[:5])}"
+        f"{more}"
+    )
+    recorder.record("event", state.step, message=reason, level="error", samples=samples)
+    if not guard.may_roll_back:
         raise RunStopped(
-            f"step {state.step}: loss or gradients were not finite for {state.consecutive_skips} steps in a row "
-            "(train.max_consecutive_skips); the weights are those before the first of them. Lower optimizer.lr or "
-            "model.logit_scale_init, lengthen optimizer.warmup_steps, or look for bad values in the data"
+            f"{reason}. The run has gone back to a checkpoint {state.guard.rollbacks} times (guard.max_rollbacks). "
+            f"{ADVICE}"
         )
-    return wishes > 0
+    return RollBack(guard.distrusted_from(), state.step, reason)
 
 
 def _unreadable(config: Config, state: TrainState, batch: Batch, loader: TrainingLoader, recorder: Recorder) -> None:

@@ -6,7 +6,6 @@ import faulthandler
 import logging
 import os
 import socket
-from dataclasses import asdict
 from typing import Any
 
 import ray.train
@@ -61,7 +60,7 @@ def run_worker(settings: dict[str, Any]) -> None:
         raise
     else:
         if rank == 0:
-            ray.get(board.finish.remote("finished", "", **asdict(state)))
+            ray.get(board.finish.remote("finished", "", **state.summary()))
     finally:
         recorder.close()
 

@@ -23,13 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from symile_dist import __version__, gradcache
-from symile_dist.checkpoint.manifest import (
-    CHECKPOINTS,
-    CheckpointError,
-    complete_checkpoints,
-    folder_name,
-    read_manifest,
-)
+from symile_dist.checkpoint.manifest import CheckpointError, folder_name, read_manifest
 from symile_dist.checkpoint.reshape import consolidated_weights
 from symile_dist.config import Component, Config
 from symile_dist.data.batches import StepDataset
@@ -53,6 +47,7 @@ from symile_dist.model import TrainingModule
 from symile_dist.run_directory import CONFIG_FILE, load_run
 from symile_dist.similarity import Similarity, towards
 from symile_dist.storage import write_json, write_text
+from symile_dist.tools.checkpoints import find_checkpoint
 from symile_dist.tools.prompts import ZeroShotTask, encoded_classes, read_task
 from symile_dist.types import Batch, Representation, StepReport
 from symile_dist.validate import (
@@ -70,31 +65,6 @@ METRICS = ("retrieval", "statistics")
 RESULTS = "evaluation"
 """The folder of a run's directory that results are written to."""
 PROBE_SAMPLES = 20_000
-
-
-def find_checkpoint(config: Config, step: str) -> Path:
-    """The folder of a checkpoint: of a step by number, the `latest`, or the `best` by validation.
-
-    Raises CheckpointError when it is not there, naming those that are.
-    """
-    complete = dict(complete_checkpoints(config.run_directory / CHECKPOINTS))
-    if not complete:
-        raise CheckpointError(f"{config.run_directory}: has no complete checkpoint yet")
-    newest = max(complete)
-    if step == "latest":
-        return complete[newest]
-    if step == "best":
-        best = read_manifest(complete[newest]).train_state.get("best_step")
-        if best not in complete:
-            raise CheckpointError(
-                f"{config.run_directory}: the best step by validation ({best}) has no checkpoint; let "
-                "validation.every be a multiple of checkpoint.every, or name a step"
-            )
-        return complete[best]
-    if not step.isdecimal() or int(step) not in complete:
-        known = ", ".join(str(number) for number in sorted(complete))
-        raise CheckpointError(f"no checkpoint of step {step}; there are: {known} (or `latest`, `best`)")
-    return complete[int(step)]
 
 
 def split_directory(config: Config, split: str) -> str:

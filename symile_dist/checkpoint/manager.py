@@ -201,7 +201,7 @@ class CheckpointManager:
         last of `checkpoint.max_failures` in a row that failed.
         """
         begin = time.perf_counter()
-        self._settle()
+        self.settle()
         tensors, metadata = engine.saved_state()
         rng, rest = _rng_state()
         self._copy.take(tensors | rng, {key: json.dumps(value) for key, value in (metadata | {"rng": rest}).items()})
@@ -229,10 +229,10 @@ class CheckpointManager:
         self._running = save
         save.start()
         if wait:
-            self._settle()
+            self.settle()
         return time.perf_counter() - begin
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Waits for the save that is on its way, and agrees with the other ranks on how it ended."""
         save = self._running
         if save is None:
@@ -269,7 +269,7 @@ class CheckpointManager:
 
     def finish(self) -> None:
         """Waits for the last save. Raises RunStopped, on all ranks, where it failed."""
-        self._settle()
+        self.settle()
         if self._failures:
             raise RunStopped(f"the last checkpoint could not be saved in {self.directory}; make room, then resume")
 
@@ -292,13 +292,15 @@ class CheckpointManager:
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
-    def find(self) -> Manifest | None:
-        """The newest complete checkpoint whose files all verify; None when the run has none yet.
+    def find(self, before: int | None = None) -> Manifest | None:
+        """The newest complete checkpoint whose files all verify, from before a step if one is given; None when there is
+        none yet.
 
         Rank 0 says which candidates there are and all ranks verify a share of the files, so all come to the same
         answer. Raises CheckpointError when there are checkpoints but none is whole: never silently from zero.
         """
-        candidates = broadcast_object([folder.name for _, folder in reversed(complete_checkpoints(self.directory))])
+        complete = reversed(complete_checkpoints(self.directory))
+        candidates = broadcast_object([folder.name for step, folder in complete if before is None or step < before])
         problems: list[str] = []
         for name in candidates:
             folder = self.directory / name
@@ -321,6 +323,17 @@ class CheckpointManager:
                 "To begin again from step 0, use another run directory or: symile-dist train CONFIG --fresh"
             )
         return None
+
+    def give_up_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps: the run goes on from this one, and they hold what it goes back from.
+        No save may be on its way."""
+        assert self._running is None
+        if rank() == 0:
+            for each, folder in checkpoint_folders(self.directory):
+                if each > step:
+                    _remove(folder)
+        barrier()
+        self._told = -1  # they will be saved anew
 
     def load(self, engine: HasState, manifest: Manifest) -> None:
         """Loads a checkpoint that `find` verified, of any world size and ZeRO stage.

@@ -110,7 +110,12 @@ def restore(pieces: list[Piece], optimizer: Any, saved: Reads) -> None:
     counts: dict[tuple[int, str], float] = {}
     for piece in pieces:
         saved.read(WEIGHTS, piece.name, piece.start, piece.within(piece.home))
-        for kind in sorted(saved.kinds(piece.name) - {WEIGHTS}):
+        kinds = saved.kinds(piece.name) - {WEIGHTS}
+        for kind, value in state.get(piece.home, {}).items():
+            # Saved before the parameter's first step, loaded into an optimizer that has taken some.
+            if kind not in kinds and isinstance(value, Tensor) and (id(piece.home), kind) not in counts:
+                (value if value.dim() == 0 else piece.within(value)).zero_()
+        for kind in sorted(kinds):
             own = state[piece.home]
             if kind == "step":
                 # ZeRO has one count for a home of many parameters: that of those that have always taken part.

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import multiprocessing.context
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from symile_dist.config import Config
@@ -153,6 +155,16 @@ class TrainingLoader(Loader):
         if new and self._persist:
             write_quarantine(self.config.run_directory / QUARANTINE, self.quarantine.entries)
         return list(new.values())
+
+    def names(self, sample_ids: Tensor) -> list[str]:
+        """Where samples stand, for people; slots that hold none are left out."""
+        populations = self.dataset.populations
+        firsts = [int(population.shard_ids[0]) for population in populations]
+        return [
+            populations[bisect_right(firsts, number) - 1].name_of(number)
+            for number in sample_ids.tolist()
+            if number >= 0
+        ]
 
     def restore(self, entries: Sequence[Exclusion]) -> None:
         """Uses again, from the next epoch on, what a person has taken off the list."""

@@ -98,6 +98,11 @@ class Population:
         used = self.requirement.accepts(present).tolist()
         return [(count, bool(is_used)) for (_, count), is_used in zip(entry.presence, used, strict=True)]
 
+    def name_of(self, sample_id: int) -> str:
+        """Where a sample of `Batch.sample_ids` stands, for people."""
+        shard = int(np.searchsorted(self.shard_ids, sample_id, side="right")) - 1
+        return f"{self.manifest.shards[shard].name}, sample {sample_id - int(self.shard_ids[shard])}"
+
     def keep_indices(self, number: int) -> None:
         """How many are held in memory."""
         self._indices.limit = self._rows.limit = number

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Literal
 
@@ -24,6 +24,10 @@ from symile_dist.config import GuardConfig
 from symile_dist.distributed import all_reduce_max
 
 Spike = Literal["loss_spike", "grad_spike"]
+ADVICE = (
+    "Lower optimizer.lr or model.logit_scale_init, lengthen optimizer.warmup_steps, or look for bad values in these "
+    "samples; symile-dist resume goes on, with guard.exclude=[...] without the steps that it names"
+)
 SPIKES: tuple[Spike, ...] = ("loss_spike", "grad_spike")
 LEAST_SPREAD = 0.1
 """Of the log of the gradient norm, and of the loss relative to its median: where a window's values hardly differ, a
@@ -33,15 +37,14 @@ little more than they is no spike yet."""
 class RollBack(Exception):
     """The loop ends, on all ranks alike, to begin again from a checkpoint."""
 
-    def __init__(self, first: int, end: int, reason: str) -> None:
+    def __init__(self, first: int, last: int, reason: str) -> None:
         """
         Args:
-            first: the first batch, from 0, that is to be left out.
-            end: the batch after the last one.
+            first, last: the steps whose batches are to be left out.
             reason: a sentence for people, without its full stop.
         """
         super().__init__(reason)
-        self.first, self.end, self.reason = first, end, reason
+        self.first, self.last, self.reason = first, last, reason
 
 
 @dataclass
@@ -55,10 +58,10 @@ class GuardState:
     """Of the same steps."""
     consecutive_skips: int = 0
     """Steps in a row that were skipped for what guard.patience counts."""
-    first_skipped: int = -1
-    """Batch of the first of them, from 0; -1 where there are none."""
+    first_skipped: int = 0
+    """The first of them; 0 where there are none."""
     excluded: list[list[int]] = field(default_factory=list)
-    """[first, end) of batches that the run has left out."""
+    """[first, last] of steps whose batches are left out because the run went back."""
     rollbacks: int = 0
 
 
@@ -75,16 +78,16 @@ def is_spike(value: float, window: Sequence[float], threshold: float, least_spre
 
 
 class Guard:
-    """One rank's guard. `state` is changed in place."""
+    """One rank's guard. `state` is changed in place. Steps have their numbers in the history: the first is 1."""
 
     def __init__(self, config: GuardConfig, state: GuardState) -> None:
         self.config, self.state = config, state
         self.found: Spike | None = None
         """What `admits` found last."""
 
-    def excludes(self, batch: int) -> bool:
-        """Whether a batch, counted from 0, is consumed without a step."""
-        return batch in self.config.exclude or any(first <= batch < end for first, end in self.state.excluded)
+    def excludes(self, step: int) -> bool:
+        """Whether a step is left out, and its batch only consumed."""
+        return step in self.config.exclude or any(first <= step <= last for first, last in self.state.excluded)
 
     def spike(self, loss: float, grad_norm: float) -> Spike | None:
         """What a step is, judged by the steps before it; None until the window is half full.
@@ -118,12 +121,12 @@ class Guard:
 
     def went_well(self) -> None:
         """The row of skipped steps, if there was one, is over."""
-        self.state.consecutive_skips, self.state.first_skipped = 0, -1
+        self.state.consecutive_skips = self.state.first_skipped = 0
 
-    def skipped(self, batch: int) -> bool:
-        """A step was skipped; returns whether it is one too many in a row."""
+    def skipped(self, step: int) -> bool:
+        """A step was skipped; returns whether these are too many in a row."""
         if self.state.consecutive_skips == 0:
-            self.state.first_skipped = batch
+            self.state.first_skipped = step
         self.state.consecutive_skips += 1
         return self.state.consecutive_skips >= self.config.patience
 
@@ -132,26 +135,19 @@ class Guard:
         return self.state.rollbacks < self.config.max_rollbacks
 
     def distrusted_from(self) -> int:
-        """The first batch that a rollback leaves out."""
-        return max(0, self.state.first_skipped - self.config.margin)
+        """The first step that a rollback leaves out: `guard.margin` steps that were taken, from it on, come before the
+        first of those that were skipped."""
+        step, margin = self.state.first_skipped, self.config.margin
+        while step > 1 and margin > 0:
+            step -= 1
+            margin -= not self.excludes(step)
+        return step
 
 
-def gone_back(state: GuardState, before: GuardState, first: int, end: int) -> GuardState:
-    """The state to go on with from a checkpoint.
-
-    Args:
-        state: the checkpoint's.
-        before: that of the run that goes back; what it has left out already stays out.
-        first, end: batches to leave out from here on.
-    """
-    return GuardState(
-        losses=state.losses,
-        grad_norms=state.grad_norms,
-        consecutive_skips=state.consecutive_skips,
-        first_skipped=state.first_skipped,
-        excluded=[*before.excluded, [first, end]],
-        rollbacks=before.rollbacks + 1,
-    )
+def gone_back(saved: GuardState, now: GuardState, rollback: RollBack) -> GuardState:
+    """The state to go on with from a checkpoint: what the run that goes back has left out already stays out."""
+    excluded = [*now.excluded, [rollback.first, rollback.last]]
+    return replace(saved, excluded=excluded, rollbacks=now.rollbacks + 1)
 
 
 def _log(norm: float) -> float:

@@ -24,7 +24,7 @@ CHECKPOINT_SECONDS_BUCKETS = (0.05, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0,
 
 PHASES = ("data_wait", "h2d", "forward", "gather", "loss", "backward", "optimizer", "checkpoint", "eval")
 COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter", "broadcast", "barrier")
-SKIP_REASONS = ("nonfinite_loss", "nonfinite_grad", "loss_spike", "grad_spike", "overflow", OTHER)
+SKIP_REASONS = ("nonfinite_loss", "nonfinite_grad", "loss_spike", "grad_spike", "overflow", "excluded", OTHER)
 READ_ERROR_KINDS = ("open", "index", "truncated", "checksum", "decode", OTHER)
 DROP_REASONS = ("unreadable", "missing_modality", "quarantined", "filtered", OTHER)
 CHECKPOINT_OPERATIONS = ("save", "stall", "load", "verify")
@@ -78,6 +78,11 @@ _TABLE = (
         unit="steps",
         labels=("reason",),
         label_values={"reason": SKIP_REASONS},
+    ),
+    MetricSpec(
+        name="symile_train_rollbacks_total",
+        kind="counter",
+        help="Times the run went back to a checkpoint because of skipped steps (the same on all ranks).",
     ),
     # Speed
     MetricSpec(

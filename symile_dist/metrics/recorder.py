@@ -79,6 +79,10 @@ class Recorder:
             if skipped_for:
                 self.exporter.increment("symile_train_skipped_steps_total", reason=skipped_for)
 
+    def count_rollback(self) -> None:
+        if self.exporter:
+            self.exporter.increment("symile_train_rollbacks_total")
+
     def count_data(self, batch: Batch, queue_depth: int) -> None:
         """What reading a batch took, and what of it could not be read."""
         if not self.exporter:

@@ -349,7 +349,7 @@ def test_a_poisoned_step_is_skipped_by_all(ranks: list[Any], case: str) -> None:
 def test_an_overflow_lowers_the_scale_on_all_ranks_alike(ranks: list[Any], stage: int) -> None:
     for rank in ranks:
         found = rank[f"overflow {stage}"]
-        # At the lowest scale an overflow is a skip like any other: it counts against max_consecutive_skips.
+        # At the lowest scale an overflow is a skip like any other: it counts against guard.patience.
         assert found["steps"] == [(False, True, 2.0**30), (False, False, 2.0**30), (False, False, 2.0**30)]
         assert found["unchanged"]
 
@@ -415,7 +415,7 @@ def train_with_overflow(directory: str) -> dict[str, Any]:
     index_directory(data)
     overrides = [
         f"run.directory={directory}/run", "train.precision=fp16", "deepspeed.fp16.initial_scale_power=36",
-        "deepspeed.fp16.hysteresis=1", "train.max_consecutive_skips=2", "train.steps=5", "train.log_every=1",
+        "deepspeed.fp16.hysteresis=1", "guard.patience=2", "train.steps=5", "train.log_every=1",
     ]  # fmt: skip
     config = parse_config(config_text(data), "overflow.yaml", overrides).config
     (Path(directory) / "run").mkdir()
@@ -423,7 +423,7 @@ def train_with_overflow(directory: str) -> dict[str, Any]:
     history = [json.loads(line) for line in (Path(directory) / "run/history.jsonl").read_text().splitlines()]
     return {
         "skipped": state.skipped_steps,
-        "consecutive": state.consecutive_skips,
+        "consecutive": state.guard.consecutive_skips,
         "scales": [math.log2(record["loss_scale"]) for record in history if record["kind"] == "train"],
         "told": sum("gradients exceed fp16's range" in record.get("message", "") for record in history),
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from symile_dist.checkpoint.manifest import complete_checkpoints
 from tests.system.conftest import MakeConfig
 from tests.system.runs import history, losses, state_digests, train
 
@@ -68,6 +69,8 @@ def test_a_worker_killed_in_mid_run_ends_with_the_weights_of_the_undisturbed_run
     assert process.returncode == 0, errors.decode()[-3000:]
     result = json.loads(output)
     assert result["restarts"] == 1
+    (failure,) = json.loads((killed.run_directory / "run.json").read_text())["failures"]
+    assert (failure["cause"], failure["rank"]) == ("rank_lost", 1), failure
     (resumed,) = history(killed, "event")
     assert resumed["step"] in range(10, 150, 10), f"did not go on from a checkpoint: {resumed}"
     assert losses(killed) == losses(undisturbed)
@@ -77,25 +80,53 @@ def test_a_worker_killed_in_mid_run_ends_with_the_weights_of_the_undisturbed_run
         assert not Path(f"/proc/{rank['pid']}").exists(), "a worker outlived its run"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_driver_ends_the_run_in_words(
-    make_config: MakeConfig, config_file: Path, number: signal.Signals
-) -> None:
-    config = make_config(name="signalled")
-    command = [sys.executable, "-m", "symile_dist.cli", "train", str(config_file), "train.steps=100000"]
+def start(config_file: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    """`symile-dist train` in a process of its own, with a Ray of its own."""
+    command = [sys.executable, "-m", "symile_dist", "train", str(config_file), *overrides]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    process = subprocess.Popen(
-        [*command, "run.name=signalled", f"run.directory={config.run_directory}", "checkpoint.every=50"],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_ctrl_c_ends_the_run_in_words(make_config: MakeConfig, config_file: Path) -> None:
+    config = make_config(name="signalled")
+    place = ("run.name=signalled", f"run.directory={config.run_directory}")
+    process = start(config_file, "train.steps=100000", "checkpoint.every=50", *place)
     try:
         _wait_for_step(process, config.run_directory / "history.jsonl", 3)
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130, errors.decode()[-3000:]
     assert "interrupted; the same command again goes on" in errors.decode()
     assert json.loads((config.run_directory / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_sigterm_saves_and_stops_and_the_same_command_goes_on_bitwise(
+    make_config: MakeConfig, config_file: Path, shared_ray: None
+) -> None:
+    undisturbed = make_config("train.steps=60", "checkpoint.every=1000", name="undisturbed")
+    train(undisturbed)
+    config = make_config("train.steps=60", "checkpoint.every=1000", name="preempted")
+    arguments = [
+        f"run.directory={config.run_directory}",
+        "run.name=preempted",
+        "train.steps=60",
+        "checkpoint.every=1000",
+    ]
+    process = start(config_file, *arguments)
+    try:
+        _wait_for_step(process, config.run_directory / "history.jsonl", 3)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 75, errors.decode()[-3000:]
+        ((step, _),) = complete_checkpoints(config.run_directory / "checkpoints")
+        assert 3 <= step < 60, "not stopped at the end of a step, saved"
+        assert json.loads((config.run_directory / "run.json").read_text())["status"] == "preempted"
+        process = start(config_file, *arguments)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()[-3000:]
+    finally:
+        process.kill()
+    assert losses(config) == losses(undisturbed)
+    assert state_digests(config, 60) == state_digests(undisturbed, 60)

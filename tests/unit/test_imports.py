@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"engine"},
     {"gradcache"},
     {"validate"},
-    {"step"},
+    {"step", "exported"},
     {"train"},
     {"rank"},
     {"view"},
@@ -126,6 +126,8 @@ def test_heavy_packages_stay_in_their_rooms(package: str) -> None:
         ("import symile_dist.launch, symile_dist.run_directory, symile_dist.tools.progress", "torch ray deepspeed"),
         ("import symile_dist.data.manifest, symile_dist.data.order", "torch ray deepspeed webdataset"),
         ("import symile_dist.objectives, symile_dist.objectives.reference", "ray deepspeed pydantic transformers"),
+        ("from symile_dist import load_encoders; import symile_dist.exported", "ray deepspeed webdataset transformers"),
+        ("import symile_dist.tools.checkpoints", "torch ray deepspeed numpy"),
         ("from symile_dist import SymileLoss, PairwiseClipLoss, MIPSimilarity", "ray deepspeed pydantic"),
     ],
 )
