@@ -238,10 +238,11 @@ class CheckpointManager:
         if save is None:
             return
         save.written.wait()
-        if any(gather_objects(save.problem)):
-            save.cancelled.set()
-        save.join()
         problems = [problem for problem in gather_objects(save.problem) if problem]
+        if problems:
+            save.cancelled.set()  # rank 0 waits for a file that will not come
+        save.join()
+        problems += [problem for problem in gather_objects(save.problem) if problem]
         self._running = None
         self._ended.append(save.outcome()._replace(problem=problems[0] if problems else None))
         self._failures = self._failures + 1 if problems else 0

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from symile_dist.checkpoint.manifest import CheckpointError
@@ -96,12 +95,6 @@ class Shards:
         for number in self._order:
             found |= {name: shape for name, (_, _, shape) in self._open(number).pieces.items()}
         return found
-
-    def whole(self, name: str) -> Tensor:
-        """A parameter's master values, in fp32."""
-        values = torch.empty(self.shapes()[name])
-        self.read(WEIGHTS, name, 0, values.view(-1))
-        return values
 
     def of_rank(self, number: int, kind: str) -> dict[str, Tensor]:
         """What stands whole in the file of a rank as `KIND/NAME`, by NAME; nothing where no such rank saved."""

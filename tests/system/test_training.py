@@ -101,9 +101,9 @@ def test_a_step_not_finite_on_one_rank_is_skipped_by_all(make_config: MakeConfig
 
 def test_too_many_skipped_steps_stop_the_run_with_a_clear_error(make_config: MakeConfig) -> None:
     config = make_config(
-        "objective={name: 'tests.system.faulty:PoisonedSymile', first: 4, last: 100}", "train.max_consecutive_skips=3"
+        "objective={name: 'tests.system.faulty:PoisonedSymile', first: 4, last: 100}", "guard.patience=3"
     )
-    with pytest.raises(RunFailed, match=r"step 7: .*3 steps in a row.*max_consecutive_skips"):
+    with pytest.raises(RunFailed, match=r"step 7: .*3 steps in a row \(guard\.patience\).*There is no checkpoint"):
         train(config)
     run = json.loads((config.run_directory / "run.json").read_text())
     assert run["status"] == "stopped" and run.get("restarts", 0) == 0, "a restart cannot mend this"

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from symile_dist.checkpoint.manager import CheckpointManager
 from symile_dist.checkpoint.manifest import FileEntry, Manifest, complete_checkpoints, folder_name
-from symile_dist.config import Config, ConfigError, GuardConfig, parse_config
+from symile_dist.config import Config, ConfigError, GuardConfig, InnerOptimizerConfig, parse_config
 from symile_dist.health.guard import Guard, GuardState, RollBack, gone_back, is_spike
+from symile_dist.inner import InnerOptimizer
 from symile_dist.train import TrainState
 from tests.shards import config_text
 
@@ -173,6 +175,14 @@ def test_checkpoints_that_a_run_goes_back_from_are_removed(tmp_path: Path) -> No
     for before, expected in ((5, 4), (4, 2), (2, None)):
         found = manager.find(before)
         assert (found.step if found else None) == expected, f"before step {before}"
+
+
+def test_the_inner_optimizer_forgets_what_a_checkpoint_does_not_hold() -> None:
+    module = nn.Linear(2, 1)
+    inner = InnerOptimizer({"critic": module}, InnerOptimizerConfig())
+    assert inner.step(module(torch.ones(1, 2)).sum()) and inner.tensors()
+    inner.load_tensors({})
+    assert not inner.tensors()
 
 
 def config_of(*overrides: str) -> Config:
