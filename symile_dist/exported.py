@@ -146,7 +146,7 @@ class Encoders:
             return found
         count = len(emitted) if isinstance(emitted, Tensor) else len(emitted.vectors)
         zeros = torch.zeros(count, self.config.model.embedding_dim, device=self.device)
-        made = embeddings({other: emitted for other in [name]})
+        made = embeddings({other: emitted if other == name else zeros for other in self.modalities})
         return found | {key: vectors for key, vectors in made.items() if key.partition(".")[0] == name}
 
     def _collated(self, modality: str, samples: Sequence[Tensor]) -> Inputs:

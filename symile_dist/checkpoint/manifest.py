@@ -6,6 +6,8 @@ whatever it holds. It lists every file with size and sha256, and nothing is unpi
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -51,7 +53,13 @@ class Manifest:
     """Of each rank that saved, in order."""
 
     def write(self, folder: Path) -> None:
-        write_json(folder / MANIFEST, {"version": VERSION, **asdict(self)})
+        content = {"version": VERSION, **asdict(self)}
+        write_json(folder / MANIFEST, {"sha256": _digest(content), **content})
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Of everything that the manifest says: it is verified like the files that it lists."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def folder_name(step: int) -> str:
@@ -76,8 +84,11 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         content = read_json(path)
-        if content.pop("version") != VERSION:
+        if content["version"] != VERSION:
             raise CheckpointError(f"{path}: made by another version of symile_dist")
+        if content.pop("sha256") != _digest(content):
+            raise ValueError("it is not as it was written")
+        del content["version"]
         files = tuple(FileEntry(**entry) for entry in content.pop("files"))
         manifest = Manifest(files=files, **content)
         numbers = [manifest.step, manifest.world_size, manifest.zero_stage, manifest.fence]

@@ -248,7 +248,7 @@ def test_every_damaged_file_is_named_and_all_ranks_agree_on_the_checkpoint_befor
     names = [entry.path for entry in manifest.files] + ["manifest.json"]
     damage: dict[str, Any] = {
         "flipped": lambda path: path.write_bytes(flipped(path.read_bytes())),
-        "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        "truncated": lambda path: path.write_bytes(path.read_bytes()[:-2]),
         "missing": lambda path: path.unlink(),
         "swapped": lambda path: path.write_bytes(
             (path.parents[1] / "step-00000002" / path.name.replace("-3.", "-2.")).read_bytes()
