@@ -461,6 +461,25 @@ def _reproduce(options: argparse.Namespace) -> int:
     return EXIT_OK if all(result.report.holds for result in results) else EXIT_FAILED
 
 
+def _chaos(options: argparse.Namespace) -> int:
+    from symile_dist.tools.chaos import disturb, summary
+
+    least, _, most = options.kill_every.partition("-")
+    try:
+        every = (float(least), float(most or least))
+    except ValueError:
+        raise ValueError(f"--kill-every {options.kill_every}: should be seconds, such as 20-40") from None
+    result = disturb(
+        Path(options.run),
+        every,
+        options.seconds,
+        options.seed,
+        tuple(options.faults.split(",")),
+        tell=lambda words: print(words, file=sys.stderr),
+    )
+    return _print_result(options, result, lambda: summary(result))
+
+
 def _command(
     parent: Any, name: str, run: Any, summary: str, example: str, json_option: bool = True
 ) -> argparse.ArgumentParser:
@@ -947,6 +966,18 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--work", metavar="DIR", help="keep the data there for a next run (default: a temporary folder)")
     data.add_argument("--out", metavar="FILE", help="also write the figures there, as JSON")
 
+    chaos = _command(
+        commands,
+        "chaos",
+        _chaos,
+        "Disturb a run that trains on this machine, at random from a seed, and tell the goodput.",
+        "symile-dist chaos runs/demo-symile --kill-every 20-40 --seconds 600",
+    )
+    chaos.add_argument("run", metavar="RUN", help="directory of the run")
+    chaos.add_argument("--kill-every", default="20-40", metavar="A-B", help="seconds from one to the next (20-40)")
+    chaos.add_argument("--seconds", type=float, default=600, help="for how long, unless the run ends before (600)")
+    chaos.add_argument("--seed", type=int, default=0, help="of what happens when (0)")
+    chaos.add_argument("--faults", default="kill", help="kill, stop (until the watchdog ends it), or kill,stop")
     demo = _command(
         commands,
         "demo",

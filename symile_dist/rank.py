@@ -16,6 +16,7 @@ from symile_dist.distributed import raise_together
 from symile_dist.engine import Engine, import_deepspeed
 from symile_dist.errors import RunStopped
 from symile_dist.health.guard import ADVICE, RollBack, gone_back
+from symile_dist.health.lease import superseded
 from symile_dist.health.stop import StopRequest
 from symile_dist.metrics.history import History
 from symile_dist.metrics.recorder import Recorder
@@ -50,7 +51,7 @@ def train_rank(
     """
     import_deepspeed(device)
     seed_everything(config.seed, rank)
-    checkpoints = CheckpointManager(config, fence)
+    checkpoints = CheckpointManager(config, fence, lambda: superseded(config.run_directory, fence))
     manifest = checkpoints.find()
     state = TrainState.from_manifest(manifest) if manifest else TrainState()
     loader = _open_loader(config, rank, manifest)

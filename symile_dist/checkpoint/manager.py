@@ -40,6 +40,7 @@ from symile_dist.failpoints import failpoint
 from symile_dist.storage import read_json, sync_directory, write_json
 
 logger = logging.getLogger(__name__)
+ATTEMPTS = "attempts.json"
 POLL_SECONDS = 0.02
 CLOSE_SECONDS = 10.0
 """How long the end of a run that failed waits for a save that is on its way."""
@@ -84,6 +85,15 @@ def _set_rng_state(tensors: dict[str, Tensor], rest: list[Any]) -> None:
         torch.cuda.set_rng_state(tensors["cuda"])
 
 
+def _attempts(directory: Path) -> list[list[int]]:
+    """[fence, step that it went on from] of the attempts so far."""
+    try:
+        found: list[list[int]] = read_json(directory / ATTEMPTS)
+    except FileNotFoundError:
+        return []
+    return found
+
+
 def _remove(folder: Path) -> None:
     """The manifest first: half a deletion must not look like a checkpoint."""
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -110,17 +120,24 @@ class _Save(threading.Thread):
     """One save behind the step loop: this rank's file; on rank 0 the manifest too, once every rank's file is there."""
 
     def __init__(
-        self, copy: HostCopy, folder: Path, token: str, manifest: Manifest, committed: Callable[[], None]
+        self,
+        copy: HostCopy,
+        folder: Path,
+        token: str,
+        manifest: Manifest,
+        superseded: Callable[[], str | None],
+        committed: Callable[[], None],
     ) -> None:
         """
         Args:
             token: of the files' names, which no other attempt has.
             manifest: still without files.
+            superseded: as of the manager.
             committed: called by rank 0 when it is done.
         """
         super().__init__(name="checkpoint", daemon=True)
         self.copy, self.folder, self.token = copy, folder, token
-        self.manifest, self.committed = manifest, committed
+        self.manifest, self.superseded, self.committed = manifest, superseded, committed
         self.rank, self.world_size, self.step = rank(), world_size(), manifest.step
         self.begin, self.seconds, self.stall = time.perf_counter(), 0.0, 0.0
         self.size = copy.size
@@ -161,6 +178,9 @@ class _Save(threading.Thread):
         self.size = sum(entry.size for entry in entries)
         sync_directory(self.folder)
         failpoint("checkpoint.before_manifest", self.rank, self.step)
+        reason = self.superseded()
+        if reason:
+            raise OSError(reason)
         replace(self.manifest, files=tuple(entries)).write(self.folder)
         sync_directory(self.folder.parent)
         failpoint("checkpoint.committed", self.rank, self.step)
@@ -178,9 +198,13 @@ class CheckpointManager:
     Killed at any moment before that, the folder is no checkpoint.
     """
 
-    def __init__(self, config: Config, fence: int = 0) -> None:
-        """`fence`: the number under which this process group holds the run."""
-        self.config, self.fence = config, fence
+    def __init__(self, config: Config, fence: int = 0, superseded: Callable[[], str | None] = lambda: None) -> None:
+        """
+        Args:
+            fence: the number under which this process group holds the run; 0: none.
+            superseded: says why this process group may commit nothing more, once that is so.
+        """
+        self.config, self.fence, self.superseded = config, fence, superseded
         self.directory = config.run_directory / CHECKPOINTS
         self._copy = HostCopy()
         self._token = broadcast_object(secrets.token_hex(4))
@@ -223,6 +247,7 @@ class CheckpointManager:
             self.directory / folder_name(step),
             f"{self._token}-{self._saves}",
             manifest,
+            self.superseded,
             lambda: self._prune(step, train_state.get("best_step")),
         )
         save.stall = time.perf_counter() - begin
@@ -313,6 +338,10 @@ class CheckpointManager:
             bad = sorted({problem for part in gather_objects(found) for problem in part})
             if not bad:
                 assert manifest is not None
+                if self._left_behind(manifest):
+                    logger.warning("checkpoint %s is passed over: an attempt that was given up made it late", name)
+                    continue
+                self._begin(manifest.step)
                 return manifest
             problems += bad
             if rank() == 0:
@@ -323,7 +352,21 @@ class CheckpointManager:
                 f"{self.directory}: no checkpoint is whole:\n  " + "\n  ".join(problems) + "\n"
                 "To begin again from step 0, use another run directory or: symile-dist train CONFIG --fresh"
             )
+        self._begin(0)
         return None
+
+    def _begin(self, step: int) -> None:
+        """Writes down from which step this attempt goes on. All ranks have read what stood there before."""
+        barrier()
+        if self.fence and rank() == 0:
+            # Those of a higher fence were made where this directory stood before it was moved or copied.
+            attempts = [each for each in _attempts(self.directory) if each[0] < self.fence]
+            write_json(self.directory / ATTEMPTS, [*attempts, [self.fence, step]][-1000:])
+
+    def _left_behind(self, manifest: Manifest) -> bool:
+        """Whether a later attempt has begun from before this checkpoint: it did not see it, so it was not there."""
+        attempts = _attempts(self.directory)
+        return any(self.fence > fence > manifest.fence and step < manifest.step for fence, step in attempts)
 
     def give_up_after(self, step: int) -> None:
         """Removes the checkpoints of later steps: the run goes on from this one, and they hold what it goes back from.

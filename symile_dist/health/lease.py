@@ -34,6 +34,12 @@ def current_fence(directory: Path) -> int:
     return int(_read(lease_file(directory)).get("fence", 0))
 
 
+def superseded(directory: Path, fence: int) -> str | None:
+    """Why whoever was started under a fence may commit nothing more; None while it may."""
+    now = current_fence(directory)
+    return f"{directory} is held by another job by now (fence {now}; this one has {fence})" if now > fence > 0 else None
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
