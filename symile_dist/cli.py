@@ -386,6 +386,14 @@ def _benchmark_parity(options: argparse.Namespace) -> int:
     return _print_result(options, results, lambda: parity_table(results))
 
 
+def _benchmark_checkpoint(options: argparse.Namespace) -> int:
+    from symile_dist.tools.benchmark_checkpoint import benchmark_checkpoint, checkpoint_table
+
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints there
+        results = benchmark_checkpoint(options.megabytes, options.repeats, options.work)
+    return _print_result(options, results, lambda: checkpoint_table(results))
+
+
 def _benchmark_data(options: argparse.Namespace) -> int:
     from symile_dist.tools.benchmark_data import benchmark_data, benchmark_data_tables
 
@@ -937,6 +945,17 @@ def build_parser() -> argparse.ArgumentParser:
     negatives.add_argument("--global-batch-size", type=int, default=256, metavar="N", help="default: 256")
     negatives.add_argument("--seeds", type=int, default=3, help="runs of each strategy (default: 3)")
     negatives.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+
+    checkpoint = _command(
+        benchmark_commands,
+        "checkpoint",
+        _benchmark_checkpoint,
+        "What a save holds the training loop up for, beside a save that is waited for.",
+        "symile-dist benchmark checkpoint --megabytes 200",
+    )
+    checkpoint.add_argument("--megabytes", type=int, default=200, metavar="MB", help="training state (default: 200)")
+    checkpoint.add_argument("--repeats", type=int, default=5, help="saves of each kind (default: 5)")
+    checkpoint.add_argument("--work", metavar="DIR", help="folder on the disk to measure (default: a temporary one)")
 
     data = _command(
         benchmark_commands,

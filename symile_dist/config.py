@@ -393,8 +393,11 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: Positive | None = None
-    """Steps between checkpoints; without it only the last step is saved."""
+    every: Positive | Literal["auto"] | None = None
+    """Steps between checkpoints; `auto`: as often as costs least, by what a save holds up and how often the run fails.
+    Without it, and without every_minutes, only the last step is saved."""
+    every_minutes: PositiveFloat | None = None
+    """Minutes between checkpoints, beside or in place of steps."""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """How many of the newest are kept; the best by validation is kept beside them."""
     keep_every: Positive | None = None
@@ -584,6 +587,11 @@ def _cross_checks(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     for key, folder in (("directory", config.run.directory), ("init_from", config.run.init_from)):
         if folder and "://" in folder:
             yield ("run", key), "only local (or mounted) folders are supported"
+    if config.checkpoint.every == "auto" and config.checkpoint.every_minutes:
+        yield (
+            ("checkpoint", "every_minutes"),
+            "leave it out where checkpoint.every is auto, which finds the time itself",
+        )
     if config.metrics.port and config.metrics.port + world - 1 > 65535:
         yield ("metrics", "port"), f"port + ray.num_workers - 1 = {config.metrics.port + world - 1} exceeds 65535"
     for key, instead in DERIVED_DEEPSPEED_KEYS.items():

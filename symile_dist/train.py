@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from symile_dist.checkpoint.interval import SaveInterval
 from symile_dist.checkpoint.manager import CheckpointManager
 from symile_dist.checkpoint.manifest import Manifest
 from symile_dist.config import Config
@@ -76,7 +77,8 @@ def train(
     """
     guard = Guard(config.guard, state.guard)
     steps = config.train.steps
-    due_for = {"log": config.train.log_every, "validation": config.validation.every, "save": config.checkpoint.every}
+    due_for = {"log": config.train.log_every, "validation": config.validation.every}
+    interval = SaveInterval(config.checkpoint, config.world_size, time.monotonic())
     recorder.restart_clock()
     last = time.perf_counter()
     for batch in _timed(loader, recorder):
@@ -87,7 +89,12 @@ def train(
             admits = guard.admits if config.guard.action == "skip" else None
             trained = train_step(engine, batch, state.step, recorder, admits)
         skipped_for = _skip_reason(trained, guard)
-        stopping = _count(config, engine, state, batch, skipped_for, loader, recorder, time.perf_counter() - last, stop)
+        wishes = {
+            "stop": stop.reason is not None,
+            "save": rank() == 0 and interval.due(state.step + 1, time.monotonic()),
+        }
+        seconds = time.perf_counter() - last
+        granted = _count(config, engine, state, batch, skipped_for, loader, recorder, seconds, wishes)
         rollback = _guarded(guard, state, batch, trained, loader, recorder)
         if rollback:
             checkpoints.settle()
@@ -99,9 +106,9 @@ def train(
         if "validation" in due and validator:
             _validate(config, state, validator, recorder)
             beat(state.step)
-        if "save" in due or stopping:
-            _save(engine, loader, checkpoints, recorder, state)
-        if stopping and state.step < steps:
+        if granted or state.step == steps:
+            interval.saved(time.monotonic(), _save(engine, loader, checkpoints, recorder, state))
+        if "stop" in granted and state.step < steps:
             checkpoints.finish()
             _tell_saves(checkpoints, recorder, state)
             recorder.event(state.step, f"stopped as asked after step {state.step}, saved")
@@ -143,16 +150,15 @@ def _count(
     loader: TrainingLoader,
     recorder: Recorder,
     seconds: float,
-    stop: StopRequest,
-) -> bool:
-    """Counts the step; returns whether the run is to stop after it.
+    wishes: dict[str, bool],
+) -> set[str]:
+    """Counts the step; returns which wishes any rank has.
 
     Raises RunStopped when it can only go on wrongly.
     """
     local = int(batch.valid.sum())
-    # Valid slots over all ranks, and wishes to stop: the same numbers everywhere, so that all stop together.
-    counts = torch.tensor([local, stop.reason is not None], device=engine.device)
-    valid, wishes = all_reduce_sum(counts).tolist()
+    # Valid slots over all ranks, and wishes: the same numbers everywhere, so that all act alike.
+    valid, *wished = all_reduce_sum(torch.tensor([local, *wishes.values()], device=engine.device)).tolist()
     state.step += 1
     state.samples_seen += valid
     state.unreadable_samples += config.train.global_batch_size - valid
@@ -160,7 +166,7 @@ def _count(
     recorder.count_data(batch, loader.queue_depth)
     if valid < config.train.global_batch_size:
         _unreadable(config, state, batch, loader, recorder)
-    return wishes > 0
+    return {wish for wish, number in zip(wishes, wished, strict=True) if number}
 
 
 def _guarded(
@@ -285,11 +291,13 @@ def _validate(config: Config, state: TrainState, validator: Validator, recorder:
 
 def _save(
     engine: Engine, loader: TrainingLoader, checkpoints: CheckpointManager, recorder: Recorder, state: TrainState
-) -> None:
+) -> float:
+    """Returns the seconds that it took the loop."""
     recorder.flush()
     with recorder.phase("checkpoint"):
-        checkpoints.save(engine, state.step, asdict(state), loader.state)
+        stall = checkpoints.save(engine, state.step, asdict(state), loader.state)
     recorder.restart_clock()
+    return stall
 
 
 def _tell_saves(checkpoints: CheckpointManager, recorder: Recorder, state: TrainState) -> None:
