@@ -590,7 +590,7 @@ def _cross_checks(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if config.checkpoint.every == "auto" and config.checkpoint.every_minutes:
         yield (
             ("checkpoint", "every_minutes"),
-            "leave it out where checkpoint.every is auto, which finds the time itself",
+            "leave it out where checkpoint.every is auto",
         )
     if config.metrics.port and config.metrics.port + world - 1 > 65535:
         yield ("metrics", "port"), f"port + ray.num_workers - 1 = {config.metrics.port + world - 1} exceeds 65535"

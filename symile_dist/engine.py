@@ -240,6 +240,8 @@ class Engine:
         inner = module.inner_modules()
         self.inner = InnerOptimizer(inner, config.optimizer.inner) if inner else None
         self._inner_loss: Callable[[], Tensor] | None = None
+        self.before_update: Callable[[], None] = lambda: None
+        """Called in `step`, before weights or moments change."""
         self._lowest_loss_scale = self._configure_loss_scaler()
         self._admits: Admits | None = None  # of the step that is being taken
         self._refused_norm: float | None = None
@@ -355,6 +357,7 @@ class Engine:
             admits: asked before anything is changed, where the gradients are finite.
         """
         self._check_whole()
+        self.before_update()
         self._admits, self._refused_norm = admits, None
         result = self._outer_step(step)
         loss, self._inner_loss = self._inner_loss, None

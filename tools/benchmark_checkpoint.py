@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rich import box
 from rich.table import Table
 
-from symile_dist.checkpoint.manager import CheckpointManager
+from symile_dist.checkpoint.manager import CheckpointManager, Saved
 from symile_dist.config import parse_config
 from symile_dist.engine import Engine
 from symile_dist.types import Batch
@@ -60,11 +60,13 @@ def benchmark_checkpoint(megabytes: int = 200, repeats: int = 5, out: str | None
             manager.save(engine, step + 1, {}, {}, wait=True)
             waited.append(time.perf_counter() - begin)
             step_seconds.append(_step(engine, step + 1))
-            begin = time.perf_counter()
+            manager.news()
             manager.save(engine, step + 2, {}, {})
-            stalls.append(time.perf_counter() - begin)
-            while not manager.news():
+            ended: list[Saved] = []
+            while not ended:
                 _step(engine, step + 2)
+                ended = manager.news()
+            stalls.append(ended[0].stall)
             step += 3
         manager.finish()
         size = sum(tensor.numel() * tensor.element_size() for tensor in engine.saved_state()[0].values())

@@ -41,6 +41,8 @@ from symile_dist.storage import read_json, sync_directory, write_json
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = "attempts.json"
+CHANGED_BY_FORWARD = ("rng", "buffers")
+"""Kinds of tensors that the next forward pass changes; all others stay as they are until the next update."""
 POLL_SECONDS = 0.02
 CLOSE_SECONDS = 10.0
 """How long the end of a run that failed waits for a save that is on its way."""
@@ -48,6 +50,9 @@ CLOSE_SECONDS = 10.0
 
 class HasState(Protocol):
     """What the manager needs of an engine."""
+
+    before_update: Callable[[], None]
+    """Called before anything changes that `saved_state` gives."""
 
     def saved_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
     def restore(self, saved: Shards) -> None: ...
@@ -142,13 +147,17 @@ class _Save(threading.Thread):
         self.begin, self.seconds, self.stall = time.perf_counter(), 0.0, 0.0
         self.size = copy.size
         self.problem: str | None = None
-        self.written, self.cancelled = threading.Event(), threading.Event()
+        self.copied, self.written, self.cancelled = threading.Event(), threading.Event(), threading.Event()
 
     def file(self, number: int, suffix: str) -> Path:
         return self.folder / f"rank-{number:05d}.{self.token}.{suffix}"
 
     def run(self) -> None:
         try:
+            try:
+                self.copy.fill()
+            finally:
+                self.copied.set()
             self._write()
             self.written.set()
             if self.rank == 0:
@@ -193,9 +202,10 @@ class _Save(threading.Thread):
 class CheckpointManager:
     """The checkpoints of one run; every method but `news` and `close` is called by all ranks, in step.
 
-    A save: every rank copies what it keeps into the host's memory, and goes on training. Behind it a thread writes that
-    to a file of a name that no other attempt has, durably; when every rank's is there, rank 0 writes the manifest.
-    Killed at any moment before that, the folder is no checkpoint.
+    A save: behind the step loop a thread copies what the rank keeps into the host's memory, while the next step's
+    forward and backward pass run (only its update has to wait); then it writes that to a file of a name that no other
+    attempt has, durably, and hashes it. When every rank's is there, rank 0 writes the manifest. Killed at any moment
+    before that, the folder is no checkpoint.
     """
 
     def __init__(self, config: Config, fence: int = 0, superseded: Callable[[], str | None] = lambda: None) -> None:
@@ -228,7 +238,8 @@ class CheckpointManager:
         self.settle()
         tensors, metadata = engine.saved_state()
         rng, rest = _rng_state()
-        self._copy.take(tensors | rng, {key: json.dumps(value) for key, value in (metadata | {"rng": rest}).items()})
+        self._copy.lay_out(tensors | rng, {key: json.dumps(value) for key, value in (metadata | {"rng": rest}).items()})
+        self._copy.fill(CHANGED_BY_FORWARD)
         self._saves += 1
         manifest = Manifest(
             step=step,
@@ -252,10 +263,18 @@ class CheckpointManager:
         )
         save.stall = time.perf_counter() - begin
         self._running = save
+        engine.before_update = self._wait_for_copy
         save.start()
         if wait:
             self.settle()
         return time.perf_counter() - begin
+
+    def _wait_for_copy(self) -> None:
+        """Until what is being saved is copied: from here on it changes."""
+        if self._running is not None and not self._running.copied.is_set():
+            begin = time.perf_counter()
+            self._running.copied.wait()
+            self._running.stall += time.perf_counter() - begin
 
     def settle(self) -> None:
         """Waits for the save that is on its way, and agrees with the other ranks on how it ended."""

@@ -1,17 +1,18 @@
 """Safetensors files: a rank's of a checkpoint, from a copy of its tensors in the host's memory; and any other, tensor
 by tensor.
 
-The step loop waits for the copy alone. The memory is laid out as the file is, so writing it takes no second copy, and
-it is kept from one save to the next: fresh pages cost more than the copying.
+The memory is laid out as the file is, so writing it takes no second copy, and it is kept from one save to the next:
+fresh pages cost more than the copying.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -82,6 +83,9 @@ class HostCopy:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._header = b""
         self._size = 0
+        self._lacking: dict[str, tuple[Tensor, Tensor]] = {}
+        """Name -> (tensor, its place), of what is still to be copied."""
+        self._stream: Any = None
 
     @property
     def size(self) -> int:
@@ -90,19 +94,36 @@ class HostCopy:
 
     def take(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Copies tensors of any device, and returns when that is done. Overwrites what was taken before."""
+        self.lay_out(tensors, metadata)
+        self.fill()
+
+    def lay_out(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Makes room for tensors, which `fill` copies: the first half of `take`."""
         kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         self._header, places = _layout(kinds, metadata)
-        end = max((end for _, end in places.values()), default=0)
+        self._size = max((end for _, end in places.values()), default=0)
         on_device = any(tensor.is_cuda for tensor in tensors.values())
-        if len(self._memory) < end:
-            self._memory = torch.empty(end, dtype=torch.uint8, pin_memory=on_device)
-        self._size = end
-        for name, (begin, end) in places.items():
-            tensor = tensors[name].detach()
-            place = self._memory[begin:end].view(tensor.dtype).view(tensor.shape)
-            place.copy_(tensor, non_blocking=True)
-        if on_device:
-            torch.cuda.synchronize()
+        if len(self._memory) < self._size:
+            self._memory = torch.empty(self._size, dtype=torch.uint8, pin_memory=on_device)
+        self._lacking = {
+            name: (tensors[name].detach(), self._memory[begin:end].view(kinds[name][0]).view(kinds[name][1]))
+            for name, (begin, end) in places.items()
+        }
+        # On a device the copies run beside what comes next, of what stands there now.
+        self._stream = torch.cuda.Stream() if on_device else None
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream())
+
+    def fill(self, kinds: Container[str] | None = None) -> None:
+        """Copies the tensors of some kinds (what stands before the `/` of their names), or all that are lacking;
+        returns when that is done."""
+        names = [name for name in self._lacking if kinds is None or name.partition("/")[0] in kinds]
+        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            for name in names:
+                tensor, place = self._lacking.pop(name)
+                place.copy_(tensor, non_blocking=True)
+        if self._stream:
+            self._stream.synchronize()
 
     def write(self, path: Path, half: Callable[[], None] = lambda: None) -> str:
         """Writes the file, durably, and returns its sha256. Raises OSError; then `path` may hold a part of it.
