@@ -42,6 +42,9 @@ def check(config: Config, fresh: bool, resume: bool) -> None:
     over and the change is kept in the lineage) or `fresh` (the old run is moved aside, not deleted).
     """
     directory = config.run_directory
+    there = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+    if there != directory and not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"{directory}: cannot be written: {there} is not a folder that this user may write to")
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory}: is a file, not a folder; choose another run.directory")
     if not directory.exists() or not any(directory.iterdir()):
