@@ -1,9 +1,10 @@
-"""What stands between ranks and driver: a Ray actor that both know, and the driver's look at it."""
+"""What stands between driver and ranks of one attempt: a Ray actor that both know, and the driver's look at it."""
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from symile_dist.config import Config
@@ -21,10 +22,6 @@ class Board:
         self.ranks: dict[int, dict[str, Any]] = {}
         self.outcome: dict[str, Any] | None = None
         self.asked: str | None = None
-
-    def begin(self) -> None:
-        """A new attempt."""
-        self.ranks, self.outcome, self.asked = {}, None, None
 
     def post(self, record: dict[str, Any]) -> None:
         self.records.append(record)
@@ -50,11 +47,15 @@ class Board:
 class Watcher:
     """Looks at the board in a thread, feeds the view and keeps ranks.json."""
 
-    def __init__(self, board: Any, view: TerminalView, config: Config) -> None:
-        self.board, self.view, self.config = board, view, config
+    def __init__(self, board: Any, view: TerminalView, config: Config, wish: Callable[[], str | None]) -> None:
+        """
+        Args:
+            wish: says why the ranks should save and stop, once they should; it is asked often, in the thread.
+        """
+        self.board, self.view, self.config, self.wish = board, view, config, wish
         self.outcome: dict[str, Any] | None = None
         self.ranks: dict[int, dict[str, Any]] = {}
-        self._to_ask: str | None = None
+        self._asked = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
 
@@ -67,10 +68,6 @@ class Watcher:
         self._thread.join(timeout=10)
         self._look()
 
-    def ask_to_stop(self, reason: str) -> None:
-        """Asks the ranks to save and stop; may be called where Ray may not, as in a signal's handler."""
-        self._to_ask = reason
-
     def _poll(self) -> None:
         while not self._stop.wait(0.25):
             self._look()
@@ -79,9 +76,10 @@ class Watcher:
         import ray
 
         try:
-            if self._to_ask:
-                self.board.ask_to_stop.remote(self._to_ask)
-                self._to_ask = None
+            reason = None if self._asked else self.wish()
+            if reason:
+                self.board.ask_to_stop.remote(reason)
+                self._asked = True
             seen = ray.get(self.board.look.remote(), timeout=10)
         except Exception as error:  # the view must not end the run: Ray itself tells of a lost cluster
             logger.debug("board not reached: %s", error)

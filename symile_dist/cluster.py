@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import secrets
 import socket
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from symile_dist.config import Config
 from symile_dist.data.order import largest_world_size
 
 logger = logging.getLogger(__name__)
 
+ANSWER_SECONDS = 10.0
+"""A node that runs no task within so long counts as lost."""
 RAY_ENVIRONMENT = {
     # Lost workers are seen, and the group restarted, in a second rather than in ten.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -24,43 +27,61 @@ RAY_ENVIRONMENT = {
 }
 
 
-def start_ray(config: Config) -> Config:
+class Node(NamedTuple):
+    """A node of the cluster."""
+
+    id: str
+    resources: dict[str, float]
+
+
+def start_ray(config: Config) -> None:
     """Joins the cluster that RAY_ADDRESS names, or starts a local Ray. A second call finds the first one's.
 
-    Returns the config with as many ranks as the cluster holds, where `ray.min_workers` allows fewer. Raises ValueError
-    when the cluster cannot hold the run: Ray itself would wait for ever.
+    Raises ValueError when the cluster cannot hold the run: Ray itself would wait for ever.
     """
-    return fitted(config, join_ray(config.ray.cpus_per_worker * config.world_size))
+    fitted(config, join_ray(config.ray.cpus_per_worker * config.world_size))
 
 
-def fitted(config: Config, resources: Mapping[str, float]) -> Config:
-    """The config with the most ranks that the resources hold and that divide the global batch. Raises ValueError when
+def fitted(config: Config, nodes: Sequence[Node]) -> Config:
+    """The config with the most ranks that the nodes hold and that divide the global batch. Raises ValueError when
     these are fewer than the run may have."""
-    per_worker = {"CPU": config.ray.cpus_per_worker, "GPU": config.ray.gpus_per_worker}
-    room = min(int(resources.get(what, 0) / need + 1e-9) for what, need in per_worker.items() if need)
+    world = ranks_held(config, nodes)
+    if world >= (config.ray.min_workers or config.world_size):
+        return config.model_copy(update={"ray": config.ray.model_copy(update={"num_workers": world})})
+    per_worker = _per_worker(config)
+    needs = [f"{need * config.world_size:g} {what}s" for what, need in per_worker.items()]
+    has = [f"{sum(node.resources.get(what, 0) for node in nodes):g}" for what in per_worker]
+    fewer = (
+        "ray.min_workers lets it go on with fewer ranks"
+        if config.ray.min_workers is None
+        else f"it holds {world} ranks that divide the global batch, ray.min_workers is {config.ray.min_workers}"
+    )
+    raise ValueError(
+        f"the run needs {' and '.join(needs)} (ray.num_workers x ray.cpus_per_worker and gpus_per_worker), the Ray "
+        f"cluster has {' and '.join(has)}; {fewer}"
+    )
+
+
+def ranks_held(config: Config, nodes: Sequence[Node]) -> int:
+    """How many ranks of a run the nodes hold, of those that divide the global batch; no more than it wants."""
+    per_worker = _per_worker(config)
+    room = sum(
+        min(int(node.resources.get(what, 0) / need + 1e-9) for what, need in per_worker.items()) for node in nodes
+    )
     if room >= config.world_size:
-        return config
-    world = largest_world_size(config.train.global_batch_size, room) if room else 0
-    if config.ray.min_workers is None or world < config.ray.min_workers:
-        needs = [f"{need * config.world_size:g} {what}s" for what, need in per_worker.items() if need]
-        has = [f"{resources.get(what, 0):g}" for what, need in per_worker.items() if need]
-        fewer = (
-            "ray.min_workers lets it begin with fewer ranks"
-            if config.ray.min_workers is None
-            else f"it holds {world} ranks that divide the global batch, ray.min_workers is {config.ray.min_workers}"
-        )
-        raise ValueError(
-            f"the run needs {' and '.join(needs)} (ray.num_workers x ray.cpus_per_worker and gpus_per_worker), the Ray "
-            f"cluster has {' and '.join(has)}; {fewer}"
-        )
-    logger.warning("the cluster holds %d ranks: the run begins with %d of %d", room, world, config.world_size)
-    return config.model_copy(update={"ray": config.ray.model_copy(update={"num_workers": world})})
+        return config.world_size
+    return largest_world_size(config.train.global_batch_size, room) if room else 0
 
 
-def join_ray(need_cpus: float) -> dict[str, float]:
+def _per_worker(config: Config) -> dict[str, float]:
+    needs = {"CPU": config.ray.cpus_per_worker, "GPU": float(config.ray.gpus_per_worker)}
+    return {what: need for what, need in needs.items() if need}
+
+
+def join_ray(need_cpus: float) -> list[Node]:
     """Joins the cluster that RAY_ADDRESS names, or starts a local Ray that has so many CPUs at least.
 
-    Returns the cluster's resources. Raises ValueError when the cluster does not answer.
+    Returns the cluster's nodes. Raises ValueError when the cluster does not answer.
     """
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -84,7 +105,7 @@ def join_ray(need_cpus: float) -> dict[str, float]:
             # On one machine CPUs are only counted, not enforced: more ranks than cores is slow, not wrong.
             cpus = max(os.cpu_count() or 1, math.ceil(need_cpus) + 1)
             ray.init(address="local", _node_ip_address="127.0.0.1", num_cpus=cpus, include_dashboard=False, **quiet)
-    return dict(ray.cluster_resources())
+    return living_nodes()
 
 
 def _check_cluster_answers(address: str) -> None:
@@ -101,13 +122,36 @@ def _check_cluster_answers(address: str) -> None:
         ) from None
 
 
-def resources_without(nodes: Collection[str]) -> dict[str, float]:
-    """What the living nodes of the cluster have, but for some that are named by their ids."""
+def living_nodes() -> list[Node]:
+    """Those that the cluster takes for alive: a lost one is among them for up to half a minute."""
     import ray
 
-    total: dict[str, float] = {}
-    for node in ray.nodes():
-        if node["Alive"] and node["NodeID"] not in nodes:
-            for name, amount in node["Resources"].items():
-                total[name] = total.get(name, 0.0) + amount
-    return total
+    return [Node(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def answering_nodes() -> list[Node]:
+    """Those that run a task when they are asked to: what a cluster really holds, seconds after a failure."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = living_nodes()
+    if len(nodes) <= 1:
+        return nodes
+    answer = ray.remote(num_cpus=0, max_retries=0)(_answer)
+    asked = {
+        answer.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(): node
+        for node in nodes
+    }
+    done, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
+    for task in silent:
+        ray.cancel(task, force=True)
+    answered = []
+    for task in done:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(task)
+            answered.append(asked[task])
+    return answered
+
+
+def _answer() -> None:
+    """I am here."""

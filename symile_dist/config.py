@@ -411,8 +411,8 @@ class RayConfig(Section):
     """Number of ranks (world_size)."""
     min_workers: Positive | None = None
     """Elastic: on a cluster with too little for num_workers the run takes as many ranks as it holds and as divide the
-    global batch, but no fewer than these; at its start, and whenever it is restarted. The data stream and the loss are
-    the same. Without it such a run is refused."""
+    global batch, but no fewer than these; it saves and takes more once nodes have come. The data stream and the loss
+    are the same. Without it such a run is refused, or waits after a failure."""
     cpus_per_worker: PositiveFloat = 1
     """CPUs that Ray reserves for a rank."""
     gpus_per_worker: Literal[0, 1] = 0
@@ -425,6 +425,8 @@ class RayConfig(Section):
     """A step in which the ranks fail so many times in a row ends the run: its batch is to blame; 0: never."""
     max_node_failures: Annotated[int, Field(ge=0)] = 3
     """A node whose ranks have failed so often is left out where the rest of the cluster holds the run; 0: never."""
+    wait_for_nodes_seconds: Annotated[float, Field(ge=0)] = 1800
+    """How long a run waits, after a failure, for a cluster that holds too few ranks for it."""
     grace_seconds: PositiveFloat = 60
     """How long SIGTERM waits for the ranks to save and stop."""
     hang_seconds: PositiveFloat | None = 600

@@ -6,31 +6,35 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
-import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from symile_dist import run_directory
-from symile_dist.board import Board, Watcher
 from symile_dist.checkpoint.manifest import CHECKPOINTS, CheckpointError, complete_checkpoints, read_manifest
-from symile_dist.cluster import fitted, resources_without, start_ray
+from symile_dist.cluster import answering_nodes, fitted, living_nodes, ranks_held, start_ray
 from symile_dist.config import Config
+from symile_dist.data.loader import open_training
 from symile_dist.errors import RunFailed
-from symile_dist.failpoints import VARIABLE as FAILPOINTS
-from symile_dist.health.beat import signs_of_life
+from symile_dist.group import run_group
+from symile_dist.health.attempt import Attempt
 from symile_dist.health.lease import Lease, locked
-from symile_dist.health.restarts import Failure, Restarts
-from symile_dist.health.watchdog import hang_of
+from symile_dist.health.restarts import Restarts
 from symile_dist.preflight import preflight
 from symile_dist.run_directory import update_run
+from symile_dist.signals import terminating
 from symile_dist.view.terminal import TerminalView
 
 logger = logging.getLogger(__name__)
+
+PREEMPTED, RESCALED = "preempted", "rescaled"
+"""Why ranks are asked to save and stop: the driver was told to end; the cluster holds more of them by now."""
+LOOK_SECONDS = 10.0
+"""From one look at the cluster's nodes to the next."""
+POLL_SECONDS = 2.0
 
 
 def launch(
@@ -51,11 +55,11 @@ def launch(
     done = [] if fresh else complete_checkpoints(config.run_directory / CHECKPOINTS)
     if done and done[-1][0] >= config.train.steps:
         with contextlib.suppress(CheckpointError):  # damaged: the ranks go on from the one before
-            state = read_manifest(done[-1][1]).train_state
+            state = {key: value for key, value in read_manifest(done[-1][1]).train_state.items() if key != "guard"}
             return {"status": "finished", "message": "", **state, "restarts": 0, "seconds": 0.0}
-    fitting = start_ray(config)
+    start_ray(config)
     with locked(config.run_directory) as lease:
-        run_directory.prepare(fitting, fresh, resume)
+        run_directory.prepare(config, fresh, resume)
         return run(config, lease, plain, console)
 
 
@@ -65,200 +69,153 @@ def run(config: Config, lease: Lease, plain: bool | None = None, console: Consol
     `console` is where the live view is drawn (standard output when left out), `plain` asks for lines in its place.
 
     Returns {"status": "finished", "restarts": ..., "seconds": ...} and what `TrainState` holds at the end; the status
-    is "preempted" where a signal has asked it to save and stop. Raises ValueError for a user's mistake that only a
+    is "preempted" where SIGTERM has asked it to save and stop. Raises ValueError for a user's mistake that only a
     worker could see, RunFailed when the run cannot go on.
     """
-    import ray
-
     begin = time.monotonic()
     directory = config.run_directory
-    board = ray.remote(num_cpus=0, max_concurrency=4)(Board).remote()
     restarts = Restarts(config.ray.max_failures, config.ray.max_repeats, config.ray.max_node_failures)
     update_run(directory, status="running", pid=os.getpid(), failures=[])
     view = TerminalView(config.run.name, config.train.steps, console=console, plain=plain)
     view.start()
-    try:
-        while True:
-            ended = _attempt(config, lease, board, view, restarts)
-            if ended.outcome is not None:
-                break
-            assert ended.failure is not None
-            restarts.add(ended.failure)
-            told = {"restarts": len(restarts.failures), "failures": restarts.told()}
-            reason = restarts.gives_up()
-            if reason:
-                message = f"{reason}; the last: {ended.failure.message}; see {directory / 'logs'}"
-                update_run(directory, status="failed", message=message, **told)
-                raise RunFailed(message)
-            update_run(directory, status="restarting", **told)
-            wait = restarts.wait_seconds()
-            pause = f" in {wait:g} s" if wait else ""
-            words = f"{ended.failure.message}: the group is restarted{pause} (restart {len(restarts.failures)})"
-            view.note(words, level="warning")
-            time.sleep(wait)
-    except KeyboardInterrupt:
-        update_run(directory, status="interrupted", message="interrupted by a signal")
-        raise
-    finally:
-        view.stop()
-        with contextlib.suppress(Exception):  # a cluster that is gone has no board
-            ray.kill(board)
-    outcome = ended.outcome
+    with terminating(config.ray.grace_seconds) as terminated:
+        try:
+            outcome = _attempts(config, lease, view, restarts, terminated)
+        except KeyboardInterrupt:
+            if not terminated.is_set():
+                update_run(directory, status="interrupted", message="interrupted by a signal")
+                raise
+            outcome = _ended_unsaved(config)  # the grace is over
+        except RunFailed as error:
+            update_run(directory, status="failed", message=str(error))
+            raise
+        finally:
+            view.stop()
     update_run(directory, **outcome)
     if outcome["status"] == "refused":
         raise ValueError(outcome["message"])
-    if outcome["status"] not in ("finished", "preempted"):
+    if outcome["status"] not in ("finished", PREEMPTED):
         raise RunFailed(outcome["message"])
     return {**outcome, "restarts": len(restarts.failures), "seconds": time.monotonic() - begin}
 
 
-class _Ended(NamedTuple):
-    """How an attempt ended: by itself, or by a failure."""
+def _attempts(
+    config: Config, lease: Lease, view: TerminalView, restarts: Restarts, terminated: threading.Event
+) -> dict[str, Any]:
+    """One group of ranks after another, until one ends by itself: its outcome. Raises RunFailed when there have been
+    enough."""
+    directory, begin = config.run_directory, time.monotonic()
+    failed: float | None = None
+    while True:
+        placed = _place(config, restarts, view, terminated)
+        if placed is None:
+            return _ended_unsaved(config)
+        attempt = Attempt(lease.advance(), len(restarts.failures), hours=(time.monotonic() - begin) / 3600)
+        if failed is not None:
+            attempt.phases["wait"] = time.monotonic() - failed
+        wish = _wishes(config, placed, terminated)
+        outcome, failure = run_group(placed.config, attempt, view, wish, placed.left_out)
+        if outcome is not None and outcome["status"] != RESCALED:
+            return outcome
+        if terminated.is_set():
+            return _ended_unsaved(config)
+        if failure is None:
+            update_run(directory, status="restarting")
+            view.note("the cluster holds more ranks by now: they are started anew")
+            continue
+        failed = time.monotonic()
+        restarts.add(failure)
+        update_run(directory, status="restarting", restarts=len(restarts.failures), failures=restarts.told())
+        reason = restarts.gives_up()
+        if reason:
+            samples = _samples_of(config, failure.step) if restarts.repeats > 1 else ""
+            raise RunFailed(f"{reason}; the last: {failure.message}{samples}; see {directory / 'logs'}")
+        wait = restarts.wait_seconds()
+        pause = f" in {wait:g} s" if wait else ""
+        words = f"{failure.message}: the group is restarted{pause} (restart {len(restarts.failures)})"
+        view.note(words, level="warning")
+        terminated.wait(wait)
 
-    outcome: dict[str, Any] | None
-    failure: Failure | None
+
+class _Placed(NamedTuple):
+    """A config whose ranks the cluster holds."""
+
+    config: Config
+    left_out: frozenset[str]
+    """Nodes, by id, that have no part in it."""
 
 
-def _attempt(config: Config, lease: Lease, board: Any, view: TerminalView, restarts: Restarts) -> _Ended:
-    """One group of ranks, from its start to its end, on what the cluster holds now."""
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+def _place(config: Config, restarts: Restarts, view: TerminalView, terminated: threading.Event) -> _Placed | None:
+    """As many ranks as the cluster holds; after a failure it waits until it holds enough. None when asked to end.
 
-    from symile_dist.worker import run_worker
-
-    fence = lease.advance()
-    left_out, fitting = restarts.left_out(), config
-    if restarts.failures:
+    Raises ValueError where the cluster is too small from the start, RunFailed where it stays so.
+    """
+    deadline, told = time.monotonic() + config.ray.wait_for_nodes_seconds, False
+    while not terminated.is_set():
         try:
-            fitting = fitted(config, resources_without(left_out))
-        except ValueError:  # too little without them: what keeps failing is better than nothing
-            left_out, fitting = set(), fitted(config, resources_without(()))
-    ray.get(board.begin.remote())
-    use_gpu = config.ray.gpus_per_worker > 0
-    resources = {"CPU": config.ray.cpus_per_worker} | ({"GPU": config.ray.gpus_per_worker} if use_gpu else {})
-    settings = {
-        "config": fitting.model_dump(mode="json"),
-        "board": board,
-        "fence": fence,
-        "began": time.time(),
-        "failpoints": os.environ.get(FAILPOINTS),
-    }
-    trainer = TorchTrainer(
-        run_worker,
-        train_loop_config=settings,
-        torch_config=TorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=int(config.ray.collective_timeout_seconds)
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=fitting.world_size,
-            use_gpu=use_gpu,
-            resources_per_worker=resources,
-            label_selector={"ray.io/node-id": f"!in({','.join(sorted(left_out))})"} if left_out else None,
-        ),
-        run_config=RunConfig(
-            # A name of its own each time: Ray would otherwise resume by its own books, and ours are the manifests.
-            name=f"{config.run.name}-{time.time_ns()}",
-            storage_path=str(config.run_directory / "ray"),
-            # Restarts are the driver's: it knows the run's checkpoints, and what the cluster still holds.
-            failure_config=FailureConfig(max_failures=0),
-        ),
-    )
-    update_run(config.run_directory, status="running", world_size=fitting.world_size)
-    failure: Exception | None = None
-    watcher = Watcher(board, view, fitting)
-    with watcher, _preempted(watcher, config.ray.grace_seconds):
-        try:
-            trainer.fit()
-        except SystemExit:  # Ray Train's answer to SIGINT
-            raise KeyboardInterrupt from None
+            nodes = answering_nodes() if restarts.failures else living_nodes()
+            known = {node.id for node in living_nodes()}
         except Exception as error:
-            failure = error
-    if watcher.outcome is not None:
-        return _Ended(watcher.outcome, None)
-    return _Ended(None, _failure(config, fence, failure, watcher.ranks))
+            raise RunFailed(f"the Ray cluster does not answer any more: {error}") from error
+        for left_out in (restarts.left_out(), set()):  # what keeps failing is better than nothing
+            able = [node for node in nodes if node.id not in left_out]
+            try:
+                placed = fitted(config, able)
+            except ValueError as error:
+                lack = str(error)
+            else:
+                if placed.world_size < config.world_size:
+                    view.note(f"the cluster holds {placed.world_size} of {config.world_size} ranks", level="warning")
+                return _Placed(placed, frozenset(known - {node.id for node in able}))
+        if not restarts.failures:
+            raise ValueError(lack)
+        if time.monotonic() > deadline:
+            raise RunFailed(f"{lack}; it has been so for {config.ray.wait_for_nodes_seconds:g} s")
+        if not told:
+            view.note(f"waiting for nodes: {lack}", level="warning")
+            told = True
+        terminated.wait(POLL_SECONDS)
+    return None
 
 
-def _failure(config: Config, fence: int, error: Exception | None, ranks: dict[int, dict[str, Any]]) -> Failure:
-    """Whose failure it was, and of what kind: of the rank that died where one did, else of the one that raised."""
-    import ray
-    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+def _wishes(config: Config, placed: _Placed, terminated: threading.Event) -> Callable[[], str | None]:
+    """Says when a group should save and stop."""
+    next_look, seen_before = time.monotonic() + LOOK_SECONDS, False
 
-    failures: dict[int, Exception] = getattr(error, "worker_failures", None) or {}
-    died = {rank: each for rank, each in failures.items() if isinstance(each, WorkerHealthCheckFailedError)}
-    rank, cause_of = next(iter(sorted((died or failures).items())), (None, error))
-    node = ranks.get(rank, {}).get("node") if rank is not None else None
-    beats = signs_of_life(config.run_directory, fence)
-    steps = [beats[rank].step] if rank in beats else [beat.step for beat in beats.values()]
+    def wish() -> str | None:
+        nonlocal next_look, seen_before
+        if terminated.is_set():
+            return PREEMPTED
+        if placed.config.world_size < config.world_size and time.monotonic() > next_look:
+            able = [node for node in living_nodes() if node.id not in placed.left_out]
+            more = ranks_held(config, able) > placed.config.world_size
+            next_look = time.monotonic() + LOOK_SECONDS
+            if more and seen_before:  # twice in a row: a node that has just been lost is still among them
+                return RESCALED
+            seen_before = more
+        return None
+
+    return wish
+
+
+def _ended_unsaved(config: Config) -> dict[str, Any]:
+    """The outcome of a run that was told to end, and has saved nothing then."""
     complete = complete_checkpoints(config.run_directory / CHECKPOINTS)
-    words = _cause(cause_of)
-    hang = hang_of(config.run_directory, fence)
-    alive = {each["NodeID"] for each in ray.nodes() if each["Alive"]}
-    if hang:
-        cause, message = "hang", hang
-    elif isinstance(cause_of, ray.exceptions.OutOfMemoryError) or (not died and "out of memory" in str(cause_of)):
-        # (What Ray says of any actor that died mentions the possibility.)
-        cause, message = "out_of_memory", f"rank {rank} ran out of memory"
-    elif node and node not in alive:
-        cause, message = "node_lost", f"the node of rank {rank} is lost"
-    elif died:
-        cause, message = "rank_lost", f"rank {rank} was lost"
-    else:
-        cause, message = "other", f"rank {rank} failed: {words}" if rank is not None else f"Ray failed: {words}"
-    step = max(steps, default=-1)
-    if step >= 0:
-        message += f", in step {step + 1}"
-    return Failure(cause, message, step if step >= 0 else None, rank, node, complete[-1][0] if complete else 0)
+    step = complete[-1][0] if complete else 0
+    return {"status": PREEMPTED, "message": f"ended as asked, before it could save: step {step} is the newest saved"}
 
 
-@contextlib.contextmanager
-def _preempted(watcher: Watcher, grace_seconds: float) -> Iterator[None]:
-    """SIGTERM, which Slurm, Kubernetes and `timeout` send, asks the ranks to save and stop; a second one, or the end of
-    the grace, ends them at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def at_once(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    def ask(number: int, frame: object) -> None:
-        watcher.ask_to_stop("preempted")
-        signal.signal(signal.SIGTERM, at_once)
-        signal.signal(signal.SIGALRM, at_once)
-        signal.setitimer(signal.ITIMER_REAL, grace_seconds)
-
-    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
-    signal.signal(signal.SIGTERM, ask)
+def _samples_of(config: Config, step: int | None) -> str:
+    """Which samples the batch of a step holds, in words; nothing where that cannot be told."""
+    alone = config.model_copy(update={"ray": config.ray.model_copy(update={"num_workers": 1})})
+    complete = complete_checkpoints(config.run_directory / CHECKPOINTS)
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-@contextlib.contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM, which Slurm, Kubernetes and `timeout` send, ends the work as Ctrl-C does; Ray's own handler aborts."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-def _cause(error: BaseException | None) -> str:
-    """The last line of what Ray says of a failure that names an exception: the traceback stands above it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Killed)\b", line)]
-    return (named or lines or [type(error).__name__])[-1]
+        assert step is not None
+        saved = read_manifest(complete[-1][1]).loader_state if complete else None
+        names = open_training(alone, 0, step, saved).names_of(step)
+    except Exception as error:
+        logger.warning("the samples of step %s cannot be told: %s", step, error)
+        return ""
+    update_run(config.run_directory, failing_samples=names)
+    more = f" and {len(names) - 5} more (in run.json)" if len(names) > 5 else ""
+    return f"; its batch holds {', '.join(names[:5])}{more}"

@@ -21,7 +21,7 @@ from symile_dist.checkpoint.manifest import CheckpointError
 from symile_dist.checkpoint.pieces import pieces_of, restore, saved_tensors, spread_weights
 from symile_dist.checkpoint.shards import PIECES, Shards
 from symile_dist.config import Config
-from symile_dist.distributed import all_reduce_max, host_group, world_size
+from symile_dist.distributed import all_reduce_max, broadcast_object, host_group, world_size
 from symile_dist.encoders.batch_norm import convert_batch_norms
 from symile_dist.encoders.recompute import compile_encoder
 from symile_dist.inner import InnerOptimizer
@@ -448,11 +448,7 @@ class Engine:
         Raises CheckpointError where it is another model's.
         """
         optimizer = self.deepspeed.optimizer
-        own = dict(self.module.named_parameters())
-        if saved.shapes().keys() != own.keys():
-            other = sorted(saved.shapes().keys() ^ own.keys())
-            words = ", ".join(other[:3])
-            raise CheckpointError(f"{saved.folder}: is of another model: only one of the two has {words}")
+        self._check_same_model(saved)
         restore(list(pieces_of(self.module, optimizer, dist.get_rank(), world_size(), dealt=False)), optimizer, saved)
         spread_weights(optimizer)
         statistics = saved.of_rank(0, "buffers")
@@ -465,6 +461,16 @@ class Engine:
         if self.dtype == torch.float16:
             for name, value in saved.metadata(0)["loss_scaler"].items():
                 setattr(optimizer.loss_scaler, name, value)
+
+    def _check_same_model(self, saved: Shards) -> None:
+        """By rank 0, as it takes the heads of all files."""
+        other: list[str] = []
+        if dist.get_rank() == 0:
+            other = sorted(saved.shapes().keys() ^ dict(self.module.named_parameters()).keys())
+        other = broadcast_object(other)
+        if other:
+            words = ", ".join(other[:3])
+            raise CheckpointError(f"{saved.folder}: is of another model: only one of the two has {words}")
 
     def _persistent_buffers(self) -> dict[str, Tensor]:
         kept = self.module.state_dict(keep_vars=True)

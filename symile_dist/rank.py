@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
 import torch
 
+from symile_dist.checkpoint.interval import SaveInterval
 from symile_dist.checkpoint.manager import CheckpointManager, seed_everything
 from symile_dist.checkpoint.manifest import Manifest
 from symile_dist.checkpoint.reshape import consolidated_weights
@@ -15,6 +17,7 @@ from symile_dist.data.loader import TrainingLoader, open_training
 from symile_dist.distributed import raise_together
 from symile_dist.engine import Engine, import_deepspeed
 from symile_dist.errors import RunStopped
+from symile_dist.health.attempt import Attempt
 from symile_dist.health.guard import ADVICE, RollBack, gone_back
 from symile_dist.health.lease import superseded
 from symile_dist.health.stop import StopRequest
@@ -36,32 +39,39 @@ def train_rank(
     rank: int,
     device: torch.device,
     recorder: Recorder,
-    fence: int = 0,
+    attempt: Attempt | None = None,
     stop: StopRequest | None = None,
     beat: Callable[[int], None] = no_beat,
 ) -> TrainState:
     """Trains one rank to the end; all ranks call it in step, each in a process of its own.
 
-    `fence`: the number under which this group of ranks holds the run. `stop` and `beat` as of `train`.
+    `attempt`: what this group of ranks knows of those before it. `stop` and `beat` as of `train`.
 
     Without a process group of torch DeepSpeed makes one, from the usual environment variables.
 
     Raises RunStopped for a run that cannot go on, RunPreempted for one that was asked to stop, ValueError for a user's
     mistake.
     """
+    attempt, stop = attempt or Attempt(), stop or StopRequest()
     import_deepspeed(device)
     seed_everything(config.seed, rank)
-    checkpoints = CheckpointManager(config, fence, lambda: superseded(config.run_directory, fence))
+    attempt.done("import")
+    checkpoints = CheckpointManager(config, attempt.fence, lambda: superseded(config.run_directory, attempt.fence))
     manifest = checkpoints.find()
     state = TrainState.from_manifest(manifest) if manifest else TrainState()
+    checkpoints.begin(state.step)
+    attempt.done("checkpoint")
     loader = _open_loader(config, rank, manifest)
+    attempt.done("data")
     source, weights = None, None
     if config.run.init_from and not manifest:
         source = newest_checkpoint(config.run.init_from)[1]
         weights = consolidated_weights(source)
     engine = Engine(config, device, weights)
+    attempt.done("model")
     if manifest:
         checkpoints.load(engine, manifest)
+        attempt.done("load")
     if rank == 0:
         recorder.history = History(config.run_directory, resume_step=state.step)
     if manifest:
@@ -70,12 +80,13 @@ def train_rank(
         total = sum(1 for _ in engine.module.parameters()) + len(engine.module.inner_state())
         recorder.event(0, f"warm start: {len(engine.warm_started)} of {total} parameters from {source}")
     validator = Validator(config, engine) if config.data.validation else None
+    interval = SaveInterval(config.checkpoint, config.world_size, time.monotonic(), attempt.failures, attempt.hours)
+    beat = _telling_the_first(beat, state.step, attempt, recorder)
     _log_start(config, engine, manifest)
-    stop = stop or StopRequest()
     try:
         while True:
             try:
-                return train(config, engine, loader, validator, checkpoints, recorder, state, stop, beat)
+                return train(config, engine, loader, validator, checkpoints, recorder, state, interval, stop, beat)
             except RollBack as error:
                 rollback = error.with_traceback(None)  # it would keep the loader's processes alive
             manifest, state = _go_back(engine, checkpoints, recorder, state, rollback)
@@ -88,6 +99,23 @@ def train_rank(
             beat(state.step)
     finally:
         checkpoints.close()
+
+
+def _telling_the_first(
+    beat: Callable[[int], None], first: int, attempt: Attempt, recorder: Recorder
+) -> Callable[[int], None]:
+    """The same signs of life; with the one that ends the first step, how long the way there took is told."""
+    told = False
+
+    def tell(step: int) -> None:
+        nonlocal told
+        beat(step)
+        if step > first and not told:
+            told = True
+            attempt.done("first_step")
+            recorder.start_record(step, attempt.phases)
+
+    return tell
 
 
 def _open_loader(config: Config, rank: int, manifest: Manifest | None) -> TrainingLoader:
@@ -116,6 +144,7 @@ def _go_back(
             f"to; checkpoint.every and checkpoint.keep_last say which there are. {ADVICE}"
         )
     checkpoints.give_up_after(manifest.step)
+    checkpoints.begin(manifest.step)
     checkpoints.load(engine, manifest)
     if recorder.history:
         recorder.history.close()

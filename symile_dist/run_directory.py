@@ -4,7 +4,7 @@ config.yaml       the resolved config        run.json          status and lineag
 checkpoints/      see checkpoint/manifest    ranks.json        pid, host and metrics address of every rank
 history.jsonl     see metrics/history        tensorboard/      the same for TensorBoard
 logs/             one file per rank          evaluation/       results of `symile-dist evaluate`
-ray/              Ray Train's own records
+health/           signs of life of all ranks ray/              Ray Train's own records
 """
 
 from __future__ import annotations

@@ -63,6 +63,7 @@ def train(
     checkpoints: CheckpointManager,
     recorder: Recorder,
     state: TrainState,
+    interval: SaveInterval,
     stop: StopRequest,
     beat: Callable[[int], None],
 ) -> TrainState:
@@ -78,7 +79,6 @@ def train(
     guard = Guard(config.guard, state.guard)
     steps = config.train.steps
     due_for = {"log": config.train.log_every, "validation": config.validation.every}
-    interval = SaveInterval(config.checkpoint, config.world_size, time.monotonic())
     recorder.restart_clock()
     last = time.perf_counter()
     for batch in _timed(loader, recorder):
@@ -115,6 +115,7 @@ def train(
             raise RunPreempted(f"step {state.step}: stopped as asked, and saved")
         _tell_saves(checkpoints, recorder, state)
         last = time.perf_counter()
+    beat(state.step)
     checkpoints.finish()
     _tell_saves(checkpoints, recorder, state)
     return state

@@ -5,7 +5,9 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import signal
 import socket
+import time
 from typing import Any
 
 import ray.train
@@ -15,7 +17,8 @@ import torch
 from symile_dist.config import Config
 from symile_dist.errors import RunPreempted, RunStopped
 from symile_dist.failpoints import VARIABLE as FAILPOINTS
-from symile_dist.health.beat import Beat
+from symile_dist.health.attempt import Attempt
+from symile_dist.health.beat import Beat, place_of
 from symile_dist.health.stop import StopRequest
 from symile_dist.health.watchdog import start_watchdog
 from symile_dist.metrics.exporter import Exporter
@@ -26,29 +29,32 @@ logger = logging.getLogger(__name__)
 
 
 def run_worker(settings: dict[str, Any]) -> None:
-    """Entry point of a rank. `settings`: the config as plain data, and the driver's board.
+    """Entry point of a rank. `settings`: the config as plain data, the driver's board, what an `Attempt` is made of.
 
     A mistake of the user or a run that cannot go on is told to the driver, and no restart goes on from it; anything
     else raises, and the driver restarts the group.
     """
     config = Config.model_validate(settings["config"])
-    board, fence = settings["board"], settings["fence"]
+    board, attempt = settings["board"], Attempt(**settings["attempt"])
+    # By the clocks of two machines, perhaps: a figure for people, on which nothing depends.
+    attempt.phases["workers"] = max(0.0, time.time() - settings["began"])
     context = ray.train.get_context()
     rank = context.get_world_rank()
     _set_up_process(config, rank, settings["failpoints"])
-    host = socket.gethostname()
-    beat = Beat(config.run_directory, rank, fence, host)
+    place = place_of(ray.get_runtime_context().get_node_id())
+    beat = Beat(config.run_directory, rank, attempt.fence, place)
     if context.get_local_rank() == 0 and config.ray.hang_seconds:
-        start_watchdog(config.run_directory, fence, host, config.ray.hang_seconds)
+        start_watchdog(config.run_directory, attempt.fence, place, config.ray.hang_seconds)
     recorder = _make_recorder(config, rank, board)
     stop = StopRequest()
     if rank == 0:
         stop.poll(lambda: ray.get(board.stop_asked.remote()))
     try:
-        state = train_rank(config, rank, _device(), recorder, fence, stop, beat)
+        state = train_rank(config, rank, _device(), recorder, attempt, stop, beat)
     except RunPreempted as error:
         if rank == 0:
-            ray.get(board.finish.remote("preempted", str(error)))
+            assert stop.reason is not None
+            ray.get(board.finish.remote(stop.reason, str(error)))
     except (RunStopped, ValueError) as error:
         # Told by any rank, as it may be the only one to see it; the first to tell is kept.
         logger.error("%s", error, exc_info=not isinstance(error, RunStopped))
@@ -78,7 +84,9 @@ def _set_up_process(config: Config, rank: int, failpoints: str | None) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("symile_dist").addHandler(handler)
     logging.getLogger("symile_dist").setLevel(logging.INFO)
-    faulthandler.enable(open(path, "a"))  # noqa: SIM115 - open as long as the process lives
+    file = open(path, "a")  # noqa: SIM115 - as long as the process lives
+    faulthandler.enable(file)
+    faulthandler.register(signal.SIGUSR2, file)  # the watchdog's last resort
     logger.info("rank %d starts, pid %d on %s", rank, os.getpid(), socket.gethostname())
 
 

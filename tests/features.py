@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from symile_dist.cluster import Node
 from symile_dist.data.index import BLOCK, read_index, split_name
 from symile_dist.data.manifest import ShardEntry
 from symile_dist.storage import Folder
@@ -33,7 +34,7 @@ def encode_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
             yield entry
 
     monkeypatch.setattr(actors, "encode_shards", encode_all)
-    monkeypatch.setattr("symile_dist.cluster.join_ray", lambda cpus: {"CPU": 2.0, "GPU": 0.0})
+    monkeypatch.setattr("symile_dist.cluster.join_ray", lambda cpus: [Node("here", {"CPU": 2.0})])
 
 
 def fingerprints(folder: Path) -> dict[str, str]:

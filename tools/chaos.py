@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from symile_dist.health.beat import SignOfLife, signs_of_life
+from symile_dist.health.beat import SignOfLife, is_here, signs_of_life
 from symile_dist.health.lease import current_fence
 from symile_dist.metrics.history import HISTORY_FILE, read_history
 from symile_dist.run_directory import load_run, read_run
@@ -102,9 +101,10 @@ def disturb(
 
 def _ranks_here(run: Path) -> list[SignOfLife]:
     """Ranks of the present attempt that are in a step, by rank."""
-    host = socket.gethostname()
     signs = signs_of_life(run, current_fence(run)).values()
-    return sorted(sign for sign in signs if sign.host == host and sign.step >= 0 and Path(f"/proc/{sign.pid}").exists())
+    return sorted(
+        sign for sign in signs if is_here(sign.place) and sign.step >= 0 and Path(f"/proc/{sign.pid}").exists()
+    )
 
 
 def _has_ended(run: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import random
@@ -91,18 +92,28 @@ def _set_rng_state(tensors: dict[str, Tensor], rest: list[Any]) -> None:
 
 
 def _attempts(directory: Path) -> list[list[int]]:
-    """[fence, step that it went on from] of the attempts so far."""
+    """[fence, step that it went on from] of the attempts so far; none where nobody can read them: they guard against
+    late commits alone."""
     try:
-        found: list[list[int]] = read_json(directory / ATTEMPTS)
+        return [[int(fence), int(step)] for fence, step in read_json(directory / ATTEMPTS)]
     except FileNotFoundError:
         return []
-    return found
+    except (OSError, ValueError, TypeError) as error:
+        logger.warning("%s: not readable: %s", directory / ATTEMPTS, error)
+        return []
 
 
 def _remove(folder: Path) -> None:
     """The manifest first: half a deletion must not look like a checkpoint."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tidy(folder: Path, kept: set[str]) -> None:
+    """Removes what a committed checkpoint does not consist of: the ranks' notes, files of torn saves of its step."""
+    for path in folder.iterdir():
+        if path.name not in kept and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 class Saved(NamedTuple):
@@ -164,7 +175,8 @@ class _Save(threading.Thread):
                 self._commit()
         except Exception as error:  # a full disk, a folder that is gone: told when the ranks next agree
             self.problem = f"{type(error).__name__}: {error}"
-            self.file(self.rank, "safetensors").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.file(self.rank, "safetensors").unlink(missing_ok=True)
         finally:
             self.seconds = time.perf_counter() - self.begin
             self.written.set()
@@ -191,9 +203,14 @@ class _Save(threading.Thread):
         if reason:
             raise OSError(reason)
         replace(self.manifest, files=tuple(entries)).write(self.folder)
-        sync_directory(self.folder.parent)
-        failpoint("checkpoint.committed", self.rank, self.step)
-        self.committed()
+        # From here on it is a checkpoint, whatever goes wrong behind it.
+        try:
+            sync_directory(self.folder.parent)
+            failpoint("checkpoint.committed", self.rank, self.step)
+            _tidy(self.folder, {MANIFEST, *(entry.path for entry in entries)})
+            self.committed()
+        except OSError as error:
+            logger.warning("behind checkpoint %s: %s", self.folder.name, error)
 
     def outcome(self) -> Saved:
         return Saved(self.step, self.size, self.seconds, self.stall, self.manifest.train_state, self.problem)
@@ -357,10 +374,9 @@ class CheckpointManager:
             bad = sorted({problem for part in gather_objects(found) for problem in part})
             if not bad:
                 assert manifest is not None
-                if self._left_behind(manifest):
+                if broadcast_object(self._left_behind(manifest)):
                     logger.warning("checkpoint %s is passed over: an attempt that was given up made it late", name)
                     continue
-                self._begin(manifest.step)
                 return manifest
             problems += bad
             if rank() == 0:
@@ -371,19 +387,19 @@ class CheckpointManager:
                 f"{self.directory}: no checkpoint is whole:\n  " + "\n  ".join(problems) + "\n"
                 "To begin again from step 0, use another run directory or: symile-dist train CONFIG --fresh"
             )
-        self._begin(0)
         return None
 
-    def _begin(self, step: int) -> None:
-        """Writes down from which step this attempt goes on. All ranks have read what stood there before."""
-        barrier()
+    def begin(self, step: int) -> None:
+        """Writes down from which step this attempt goes on, 0 where there was no checkpoint: what a former attempt
+        commits beyond it from now on comes too late."""
         if self.fence and rank() == 0:
             # Those of a higher fence were made where this directory stood before it was moved or copied.
             attempts = [each for each in _attempts(self.directory) if each[0] < self.fence]
             write_json(self.directory / ATTEMPTS, [*attempts, [self.fence, step]][-1000:])
 
     def _left_behind(self, manifest: Manifest) -> bool:
-        """Whether a later attempt has begun from before this checkpoint: it did not see it, so it was not there."""
+        """Whether a later attempt has begun from before this checkpoint: it did not see it, so it was not there. Rank 0
+        is asked."""
         attempts = _attempts(self.directory)
         return any(self.fence > fence > manifest.fence and step < manifest.step for fence, step in attempts)
 

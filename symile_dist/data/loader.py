@@ -166,6 +166,10 @@ class TrainingLoader(Loader):
             if number >= 0
         ]
 
+    def names_of(self, step: int) -> list[str]:
+        """Of the samples that this rank has in a step, without reading them."""
+        return self.names(torch.from_numpy(self.dataset.locate(step).sample_ids))
+
     def restore(self, entries: Sequence[Exclusion]) -> None:
         """Uses again, from the next epoch on, what a person has taken off the list."""
         self._change(

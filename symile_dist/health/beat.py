@@ -6,6 +6,7 @@ One small file per rank, written in place: it costs microseconds a step, and is 
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,21 +20,32 @@ class SignOfLife(NamedTuple):
     fence: int
     """Of the attempt that the rank belongs to."""
     pid: int
-    host: str
+    place: str
+    """Host and node that it runs on: see `place_of`."""
     step: int
     """The step it is in; -1 before the first."""
     signs: int
     """Grows with every sign: whoever watches needs no clock in common."""
 
 
+def place_of(node: str) -> str:
+    """Names the node of this process, by host and id: hosts of one cluster may be called alike."""
+    return f"{socket.gethostname()}-{node[:12]}"
+
+
+def is_here(place: str) -> bool:
+    """Whether a place is on this host, as far as its name says."""
+    return place.rpartition("-")[0] == socket.gethostname()
+
+
 class Beat:
     """One rank's sign of life."""
 
-    def __init__(self, run_directory: Path, rank: int, fence: int, host: str) -> None:
+    def __init__(self, run_directory: Path, rank: int, fence: int, place: str) -> None:
         folder = run_directory / HEALTH
         folder.mkdir(parents=True, exist_ok=True)
         self._file = os.open(folder / f"rank-{rank:05d}{_SUFFIX}", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._fixed = f"{rank} {fence} {os.getpid()} {host}"
+        self._fixed = f"{rank} {fence} {os.getpid()} {place}"
         self._count = 0
         self(-1)
 
@@ -47,8 +59,8 @@ def signs_of_life(run_directory: Path, fence: int) -> dict[int, SignOfLife]:
     found = {}
     for path in (run_directory / HEALTH).glob(f"*{_SUFFIX}"):
         try:
-            rank, of, pid, host, step, count = path.read_text().split()
-            sign = SignOfLife(int(rank), int(of), int(pid), host, int(step), int(count))
+            rank, of, pid, place, step, count = path.read_text().split()
+            sign = SignOfLife(int(rank), int(of), int(pid), place, int(step), int(count))
         except (OSError, ValueError):  # in the midst of being written: the next look will do
             continue
         if sign.fence == fence:

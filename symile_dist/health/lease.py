@@ -19,9 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from symile_dist.errors import RunFailed
+
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 10.0
 """A holder on another machine that gives no sign of life for so long is dead."""
+_LENGTH = 512
+"""Bytes of the file, always: written at once and never cut, so that nobody reads half of it."""
 
 
 def lease_file(directory: Path) -> Path:
@@ -43,7 +47,7 @@ def superseded(directory: Path, fence: int) -> str | None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or in the midst of being written: whoever needs it asks again
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -60,8 +64,16 @@ class Lease:
         self._thread.start()
 
     def advance(self) -> int:
-        """A new number, under which processes may be started; those of all former ones may commit nothing more."""
+        """A new number, under which processes may be started; those of all former ones may commit nothing more.
+
+        Raises RunFailed where another process, on another machine, has taken the directory over meanwhile.
+        """
         with self._lock:
+            if self._is_lost():
+                now = _read(self._path)
+                raise RunFailed(
+                    f"{self._path}: process {now.get('process')} on {now.get('host')} has taken the run over"
+                )
             self.fence += 1
             self._write()
         return self.fence
@@ -70,12 +82,20 @@ class Lease:
         self._ended.set()
         self._thread.join()
         with self._lock:
-            self._write(released=True)
+            if not self._is_lost():
+                self._write(released=True)
 
     def _live(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
             with self._lock, contextlib.suppress(OSError):  # a full disk, say: the lock itself is still there
+                if self._is_lost():
+                    return
                 self._write()
+
+    def _is_lost(self) -> bool:
+        """Whether the file names another holder: this process was taken for dead."""
+        now = _read(self._path)
+        return bool(now) and (now.get("process"), now.get("host")) != (os.getpid(), socket.gethostname())
 
     def _write(self, released: bool = False) -> None:
         self._beat += 1
@@ -86,10 +106,9 @@ class Lease:
             "beat": self._beat,
             "released": released,
         }
-        text = json.dumps(content).encode()
-        # In place, as the lock is the file's; of one length nearly always, and read again where it is half-written.
-        os.pwrite(self._file.fileno(), text, 0)
-        os.ftruncate(self._file.fileno(), len(text))
+        os.pwrite(
+            self._file.fileno(), json.dumps(content).encode().ljust(_LENGTH), 0
+        )  # in place: the lock is the file's
 
 
 @contextlib.contextmanager

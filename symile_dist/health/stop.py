@@ -9,13 +9,10 @@ POLL_SECONDS = 0.5
 
 
 class StopRequest:
-    """Any rank may be asked, at any time; the loop looks at it once per step."""
+    """Any rank may be asked, at any time, by its `reason`; the loop looks at it once per step."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
-
-    def ask(self, reason: str) -> None:
-        self.reason = self.reason or reason
 
     def poll(self, look: Callable[[], str | None]) -> None:
         """Looks for a wish every half second, in a thread, until there is one or looking fails."""

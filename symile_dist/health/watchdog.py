@@ -20,9 +20,9 @@ from symile_dist.health.beat import HEALTH, SignOfLife, signs_of_life
 POLL_SECONDS = 0.5
 
 
-def start_watchdog(run_directory: Path, fence: int, host: str, hang_seconds: float) -> subprocess.Popen[bytes]:
+def start_watchdog(run_directory: Path, fence: int, place: str, hang_seconds: float) -> subprocess.Popen[bytes]:
     """Watches this node's ranks of an attempt as long as the calling process lives."""
-    arguments = [str(run_directory), str(fence), host, str(hang_seconds), str(os.getpid())]
+    arguments = [str(run_directory), str(fence), place, str(hang_seconds), str(os.getpid())]
     return subprocess.Popen([sys.executable, "-m", "symile_dist.health.watchdog", *arguments])
 
 
@@ -32,37 +32,37 @@ def hang_of(run_directory: Path, fence: int) -> str | None:
     return found[0].read_text().strip() if found else None
 
 
-def watch(run_directory: Path, fence: int, host: str, hang_seconds: float, parent: int) -> None:
+def watch(run_directory: Path, fence: int, place: str, hang_seconds: float, parent: int) -> None:
     """Returns when the parent has ended, or when the ranks were stuck and have been killed."""
     counts: dict[int, int] = {}
     changed: dict[int, float] = {}
     while os.getppid() == parent:
-        ranks = [sign for sign in signs_of_life(run_directory, fence).values() if sign.host == host]
+        ranks = [sign for sign in signs_of_life(run_directory, fence).values() if sign.place == place]
         now = time.monotonic()
         for sign in ranks:
             if counts.get(sign.rank) != sign.signs:
                 counts[sign.rank], changed[sign.rank] = sign.signs, now
         # All ranks wait for the slowest: when one is stuck, so are all. The first to have fallen silent is told.
         if ranks and all(now - changed[sign.rank] > hang_seconds for sign in ranks):
-            _end(run_directory, fence, host, ranks, hang_seconds)
+            _end(run_directory, fence, place, ranks, hang_seconds)
             return
         time.sleep(POLL_SECONDS)
 
 
-def _end(run_directory: Path, fence: int, host: str, ranks: list[SignOfLife], hang_seconds: float) -> None:
+def _end(run_directory: Path, fence: int, place: str, ranks: list[SignOfLife], hang_seconds: float) -> None:
     steps = {sign.rank: sign.step for sign in ranks}
     behind = [rank for rank, step in steps.items() if step == min(steps.values())]
-    stacks = run_directory / "logs" / f"stacks-{fence:06d}-{host}.txt"
+    stacks = run_directory / "logs" / f"stacks-{fence:06d}-{place}.txt"
     stacks.parent.mkdir(parents=True, exist_ok=True)
     with open(stacks, "wb") as file:
         for sign in ranks:
             file.write(f"== rank {sign.rank}, process {sign.pid}, in step {sign.step + 1}\n".encode())
             file.write(_stack(sign.pid))
     words = (
-        f"no step was finished for {hang_seconds:g} s on {host} "
+        f"no step was finished for {hang_seconds:g} s on {place} "
         f"(behind: rank {', '.join(map(str, behind))}); stacks in {stacks}"
     )
-    (run_directory / HEALTH / f"hang-{fence:06d}-{host}.txt").write_text(words)
+    (run_directory / HEALTH / f"hang-{fence:06d}-{place}.txt").write_text(words)
     for sign in ranks:
         with contextlib.suppress(ProcessLookupError):
             os.kill(sign.pid, signal.SIGKILL)
@@ -76,7 +76,11 @@ def _stack(pid: int) -> bytes:
         found = subprocess.run([command, "dump", "--nonblocking", "--pid", str(pid)], capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"(no stack: {error})\n\n".encode()
-    return found.stdout + found.stderr + b"\n"
+    if found.returncode:  # it may not look, in a container without ptrace: the rank's own handler writes to its log
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR2)
+        return b"(py-spy may not look at it: " + found.stderr.strip() + b"; see the rank's own log)\n\n"
+    return found.stdout + b"\n"
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ READ_ERROR_KINDS = ("open", "index", "truncated", "checksum", "decode", OTHER)
 DROP_REASONS = ("unreadable", "missing_modality", "quarantined", "filtered", OTHER)
 CHECKPOINT_OPERATIONS = ("save", "stall", "load", "verify")
 RESTART_CAUSES = ("rank_lost", "node_lost", "hang", "out_of_memory", "preemption", "nonfinite", OTHER)
+START_PHASES = ("detect", "wait", "workers", "import", "checkpoint", "data", "model", "load", "first_step")
 RUN_STATES = ("init", "productive", "checkpoint", "eval", "restart", "lost")
 RETRIEVAL_DEPTHS = ("1", "5", "10")
 
@@ -265,6 +266,14 @@ _TABLE = (
         help="Exp of the entropy of the normalized singular values: 1 is collapsed, D is full.",
         unit="dimensions",
         labels=("modality",),
+    ),
+    MetricSpec(
+        name="symile_run_start_seconds",
+        kind="gauge",
+        help="What the start of this group of ranks took, by phase; after a failure their sum is the recovery time.",
+        unit="seconds",
+        labels=("phase",),
+        label_values={"phase": START_PHASES},
     ),
     # Run: one writer, because these are true of the group and outlive any rank
     MetricSpec(

@@ -149,10 +149,19 @@ class Recorder:
         """Of a checkpoint that is whole: `seconds` from its beginning to its end, `stall` of them on the step loop."""
         if self.exporter:
             self.exporter.observe("symile_checkpoint_duration_seconds", seconds, op="save")
+            self.exporter.observe("symile_checkpoint_duration_seconds", stall, op="stall")
             self.exporter.set("symile_checkpoint_last_success_timestamp_seconds", time.time())
             if self.history:
                 self.exporter.set("symile_checkpoint_size_bytes", size)
         self.record("checkpoint", step, samples_seen=samples_seen, bytes=size, seconds=seconds, stall_seconds=stall)
+
+    def start_record(self, step: int, phases: dict[str, float]) -> None:
+        """How long the way into the first step took, phase by phase (see START_PHASES)."""
+        if self.exporter:
+            for phase, seconds in phases.items():
+                self.exporter.set("symile_run_start_seconds", seconds, phase=phase)
+        rounded = {phase: round(seconds, 3) for phase, seconds in phases.items()}
+        self.record("start", step, phases=rounded, seconds=round(sum(phases.values()), 3))
 
     def event(self, step: int, message: str, level: str = "info") -> None:
         self.record("event", step, message=message, level=level)

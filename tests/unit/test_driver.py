@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from symile_dist.cluster import fitted
+from symile_dist.cluster import Node, fitted
 from symile_dist.config import Config
 
 MakeConfig = Callable[..., Config]
@@ -34,14 +34,14 @@ def test_as_many_ranks_as_fit_and_divide_the_batch(
     make_config: MakeConfig, resources: dict[str, float], overrides: tuple[str, ...], world: int
 ) -> None:
     config = config_of(make_config, "ray.num_workers=8", "ray.min_workers=2", *overrides)
-    assert fitted(config, resources).world_size == world
-    assert fitted(config, resources).model_dump(exclude={"ray"}) == config.model_dump(exclude={"ray"})
+    assert fitted(config, [Node("a", resources)]).world_size == world
+    assert fitted(config, [Node("a", resources)]).model_dump(exclude={"ray"}) == config.model_dump(exclude={"ray"})
 
 
 @pytest.mark.parametrize(
     ("resources", "overrides", "words"),
     [
-        ({"CPU": 7}, (), r"needs 8 CPUs .* has 7; ray.min_workers lets it begin with fewer"),
+        ({"CPU": 7}, (), r"needs 8 CPUs .* has 7; ray.min_workers lets it go on with fewer"),
         ({"CPU": 5}, ("ray.min_workers=5",), r"it holds 4 ranks that divide the global batch, ray.min_workers is 5"),
         ({"CPU": 64}, ("ray.gpus_per_worker=1", "ray.min_workers=1"), r"8 CPUs and 8 GPUs .* has 64 and 0; it holds 0"),
     ],
@@ -50,7 +50,7 @@ def test_too_few_are_refused(
     make_config: MakeConfig, resources: dict[str, float], overrides: tuple[str, ...], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        fitted(config_of(make_config, "ray.num_workers=8", *overrides), resources)
+        fitted(config_of(make_config, "ray.num_workers=8", *overrides), [Node("a", resources)])
 
 
 def test_more_than_all_is_a_mistake(make_config: MakeConfig) -> None:

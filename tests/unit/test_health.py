@@ -94,8 +94,8 @@ def test_a_lease_that_ends_is_given_back(tmp_path: Path) -> None:
 
 
 def test_signs_of_life_are_those_of_one_attempt(tmp_path: Path) -> None:
-    Beat(tmp_path, rank=1, fence=4, host="here")(99)
-    beats = [Beat(tmp_path, rank, fence=5, host="here") for rank in (0, 1)]
+    Beat(tmp_path, rank=1, fence=4, place="here-0")(99)
+    beats = [Beat(tmp_path, rank, fence=5, place="here-0") for rank in (0, 1)]
     beats[0](12)
     beats[0](13)
     found = signs_of_life(tmp_path, 5)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 # From the bottom up. Names are those after `symile_dist.`; a package
 # stands for all of its modules, which may import each other. Names on one line do not.
 LAYERS: list[set[str]] = [
-    {"errors", "registry", "seeding", "configs", "failpoints"},
+    {"errors", "registry", "seeding", "configs", "failpoints", "signals"},
     {"config", "types", "similarity"},
     {"distributed", "storage", "hub"},
     {"metrics"},
@@ -31,6 +31,7 @@ LAYERS: list[set[str]] = [
     {"view"},
     {"worker", "cluster"},
     {"board"},
+    {"group"},
     {"driver"},
     {"launch", "tools"},
     {"cli"},
@@ -41,7 +42,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # A heavy package -> the only modules that may import it, lazily or not.
 ONLY_IN = {
     "deepspeed": ("engine",),
-    "ray": ("worker", "cluster", "board", "driver", "launch", "tools.features"),
+    "ray": ("worker", "cluster", "board", "group", "launch", "tools.features"),
     "webdataset": ("data", "tools"),
 }
 

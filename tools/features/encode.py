@@ -186,22 +186,21 @@ def _encode_all(
     progress: Progress | None,
 ) -> None:
     from symile_dist.cluster import join_ray
-    from symile_dist.driver import terminated_like_interrupted
+    from symile_dist.signals import terminated_like_interrupted
     from symile_dist.tools.features.actors import encode_shards
 
     cpus = recipe.config.ray.cpus_per_worker
-    there = join_ray(cpus * min(actors or 1, len(todo)))
+    nodes = join_ray(cpus * min(actors or 1, len(todo)))
+    there = {what: sum(node.resources.get(what, 0) for node in nodes) for what in ("CPU", "GPU")}
     if actors is None:
-        actors = max(1, int(there.get("GPU", 0) / gpus)) if gpus else 1
+        actors = max(1, int(there["GPU"] / gpus)) if gpus else 1
     actors = min(actors, len(todo))
     for what, need, option in (
         ("CPU", cpus * actors, "ray.cpus_per_worker"),
         ("GPU", gpus * actors, "--gpus-per-actor"),
     ):
-        if there.get(what, 0) < need:
-            raise ValueError(
-                f"{actors} actors need {need:g} {what}s (--actors x {option}), Ray has {there.get(what, 0):g}"
-            )
+        if there[what] < need:
+            raise ValueError(f"{actors} actors need {need:g} {what}s (--actors x {option}), Ray has {there[what]:g}")
     total = sum(entry.samples for entry in share)
     done = total - sum(entry.samples for entry in todo)
     left = {entry.name for entry in todo}
