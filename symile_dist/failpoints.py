@@ -3,7 +3,8 @@
     SYMILE_DIST_FAILPOINTS='[{"at": "checkpoint.half_written", "rank": 1, "step": 20, "do": "kill", "once": "/tmp/x"}]'
 
 `do`: kill (SIGKILL), stop (SIGSTOP), hang (sleeps, holding the GIL), raise (OSError ENOSPC). `rank` and `step` may be
-left out: any. `once` names a file that is made when the fault happens: it happens once, in whichever process.
+left out: any. `once` names a file that is made when the fault happens: it happens once, in whichever process. `after`:
+so many seconds later, wherever the process is then (kill and stop).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import functools
 import json
 import os
 import signal
+import threading
 from typing import Any
 
 VARIABLE = "SYMILE_DIST_FAILPOINTS"
@@ -38,7 +40,12 @@ def failpoint(at: str, rank: int, step: int) -> None:
                 os.close(os.open(fault["once"], os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 continue
-        _do(fault["do"], at)
+        if "after" in fault:
+            timer = threading.Timer(fault["after"], _do, (fault["do"], at))
+            timer.daemon = True
+            timer.start()
+        else:
+            _do(fault["do"], at)
 
 
 def _do(action: str, at: str) -> None:

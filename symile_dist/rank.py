@@ -17,6 +17,7 @@ from symile_dist.data.loader import TrainingLoader, open_training
 from symile_dist.distributed import raise_together
 from symile_dist.engine import Engine, import_deepspeed
 from symile_dist.errors import RunStopped
+from symile_dist.failpoints import failpoint
 from symile_dist.health.attempt import Attempt
 from symile_dist.health.guard import ADVICE, RollBack, gone_back
 from symile_dist.health.lease import superseded
@@ -53,25 +54,32 @@ def train_rank(
     mistake.
     """
     attempt, stop = attempt or Attempt(), stop or StopRequest()
+
+    def done(phase: str) -> None:
+        attempt.done(phase)
+        beat(-1)
+
     import_deepspeed(device)
     seed_everything(config.seed, rank)
-    attempt.done("import")
+    done("import")
     checkpoints = CheckpointManager(config, attempt.fence, lambda: superseded(config.run_directory, attempt.fence))
     manifest = checkpoints.find()
     state = TrainState.from_manifest(manifest) if manifest else TrainState()
     checkpoints.begin(state.step)
-    attempt.done("checkpoint")
+    failpoint("start.begun", rank, state.step)
+    done("checkpoint")
     loader = _open_loader(config, rank, manifest)
-    attempt.done("data")
+    done("data")
     source, weights = None, None
     if config.run.init_from and not manifest:
         source = newest_checkpoint(config.run.init_from)[1]
         weights = consolidated_weights(source)
     engine = Engine(config, device, weights)
-    attempt.done("model")
+    done("model")
     if manifest:
         checkpoints.load(engine, manifest)
-        attempt.done("load")
+        done("load")
+    failpoint("start.loaded", rank, state.step)
     if rank == 0:
         recorder.history = History(config.run_directory, resume_step=state.step)
     if manifest:

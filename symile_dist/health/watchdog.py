@@ -50,18 +50,17 @@ def watch(run_directory: Path, fence: int, place: str, hang_seconds: float, pare
 
 
 def _end(run_directory: Path, fence: int, place: str, ranks: list[SignOfLife], hang_seconds: float) -> None:
-    steps = {sign.rank: sign.step for sign in ranks}
-    behind = [rank for rank, step in steps.items() if step == min(steps.values())]
+    ranks = sorted(ranks)
+    first = min(sign.step for sign in ranks)
+    behind = [str(sign.rank) for sign in ranks if sign.step == first]
     stacks = run_directory / "logs" / f"stacks-{fence:06d}-{place}.txt"
     stacks.parent.mkdir(parents=True, exist_ok=True)
     with open(stacks, "wb") as file:
         for sign in ranks:
             file.write(f"== rank {sign.rank}, process {sign.pid}, in step {sign.step + 1}\n".encode())
             file.write(_stack(sign.pid))
-    words = (
-        f"no step was finished for {hang_seconds:g} s on {place} "
-        f"(behind: rank {', '.join(map(str, behind))}); stacks in {stacks}"
-    )
+    which = f" (behind: rank {', '.join(behind)})" if len(behind) < len(ranks) else ""
+    words = f"no step was finished for {hang_seconds:g} s on {place}{which}; stacks in {stacks}"
     (run_directory / HEALTH / f"hang-{fence:06d}-{place}.txt").write_text(words)
     for sign in ranks:
         with contextlib.suppress(ProcessLookupError):

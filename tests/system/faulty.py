@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import time
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 
@@ -30,4 +36,42 @@ class MistakenOnOneRank(SymileObjective):
     def forward(self, outputs: Outputs, batch: Batch, step: int) -> StepReport:
         if step == 2 and dist.get_rank() == 1:
             raise ValueError("only rank 1 saw this")
+        return super().forward(outputs, batch, step)
+
+
+class RecordedSymile(SymileObjective):
+    """Symile that writes down which samples each rank trained on, and when; each step takes `pause` seconds more.
+
+    With `clock_jumps` this process's wall clock jumps by up to a day, forth and back, each time somebody looks at it.
+    """
+
+    def __init__(self, seed: int, folder: str, pause: float = 0.0, clock_jumps: bool = False) -> None:
+        super().__init__(seed)
+        self.folder, self.pause = Path(folder), pause
+        if clock_jumps and dist.is_initialized():
+            real, chance = time.time, random.Random(os.getpid())
+            time.time = lambda: real() + chance.uniform(-86400, 86400)
+
+    def forward(self, outputs: Outputs, batch: Batch, step: int) -> StepReport:
+        if torch.is_grad_enabled():
+            time.sleep(self.pause)
+            attempt = os.environ["MASTER_PORT"]  # the same on its ranks, another one in each attempt
+            samples = batch.sample_ids.tolist()
+            record = {"step": step, "attempt": attempt, "at": time.monotonic_ns(), "samples": samples}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / f"rank-{dist.get_rank()}-{os.getpid()}.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+        return super().forward(outputs, batch, step)
+
+
+class FailsAlways(SymileObjective):
+    """Symile with a step that no rank survives."""
+
+    def __init__(self, seed: int, step: int) -> None:
+        super().__init__(seed)
+        self.step = step
+
+    def forward(self, outputs: Outputs, batch: Batch, step: int) -> StepReport:
+        if torch.is_grad_enabled() and step == self.step and dist.get_rank() == 1:
+            raise RuntimeError("this batch cannot be trained on")
         return super().forward(outputs, batch, step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,26 @@ def state_digests(config: Config, step: int) -> dict[str, str]:
 
 def checkpoint_folder(config: Config, step: int) -> Path:
     return dict(complete_checkpoints(config.run_directory / "checkpoints"))[step]
+
+
+def assert_each_sample_once(folder: Path, steps: int, global_batch_size: int, samples: int) -> None:
+    """Of what `RecordedSymile` wrote down: in the history that survived, every step has a whole global batch, and every
+    epoch every sample exactly once."""
+    found: dict[int, list[dict[str, Any]]] = {step: [] for step in range(steps)}
+    for path in folder.iterdir():
+        for line in path.read_text().split("\n")[:-1]:  # a line that a kill cut short was not trained on
+            record = json.loads(line)
+            found[record["step"]].append(record | {"rank": path.stem.split("-")[1]})
+    consumed: list[int] = []
+    for step, records in found.items():
+        assert records, f"step {step} is missing"
+        # Of several attempts at a step the last counts: what the others trained on was undone.
+        latest = max(records, key=lambda record: record["at"])["attempt"]
+        batch = [number for record in records if record["attempt"] == latest for number in record["samples"]]
+        assert len(batch) == global_batch_size, f"step {step}: {batch}"
+        consumed += batch
+    for first in range(0, len(consumed), samples):
+        epoch = consumed[first : first + samples]
+        assert len(set(epoch)) == len(epoch), (
+            f"samples came twice in the epoch from step {first // global_batch_size} on"
+        )

@@ -26,7 +26,7 @@ OVERRIDES = [
 ]
 
 
-def _wait_for_step(process: subprocess.Popen[bytes], history_file: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen[bytes], history_file: Path, step: int) -> None:
     """Until the history holds a training record of at least this step; fails when the run ends before."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -55,7 +55,7 @@ def test_a_worker_killed_in_mid_run_ends_with_the_weights_of_the_undisturbed_run
         stderr=subprocess.PIPE,
     )
     try:
-        _wait_for_step(process, killed.run_directory / "history.jsonl", 11)
+        wait_for_step(process, killed.run_directory / "history.jsonl", 11)
         ranks = json.loads((killed.run_directory / "ranks.json").read_text())
         # Each rank serves its metrics while it trains.
         for rank in ranks:
@@ -80,10 +80,12 @@ def test_a_worker_killed_in_mid_run_ends_with_the_weights_of_the_undisturbed_run
         assert not Path(f"/proc/{rank['pid']}").exists(), "a worker outlived its run"
 
 
-def start(config_file: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    """`symile-dist train` in a process of its own, with a Ray of its own."""
+def start(config_file: Path, *overrides: str, address: str | None = None) -> subprocess.Popen[bytes]:
+    """`symile-dist train` in a process of its own, with a Ray of its own unless there is an address of one."""
     command = [sys.executable, "-m", "symile_dist", "train", str(config_file), *overrides]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    if address:
+        environment["RAY_ADDRESS"] = address
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
@@ -92,7 +94,7 @@ def test_ctrl_c_ends_the_run_in_words(make_config: MakeConfig, config_file: Path
     place = ("run.name=signalled", f"run.directory={config.run_directory}")
     process = start(config_file, "train.steps=100000", "checkpoint.every=50", *place)
     try:
-        _wait_for_step(process, config.run_directory / "history.jsonl", 3)
+        wait_for_step(process, config.run_directory / "history.jsonl", 3)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
     finally:
@@ -116,7 +118,7 @@ def test_sigterm_saves_and_stops_and_the_same_command_goes_on_bitwise(
     ]
     process = start(config_file, *arguments)
     try:
-        _wait_for_step(process, config.run_directory / "history.jsonl", 3)
+        wait_for_step(process, config.run_directory / "history.jsonl", 3)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 75, errors.decode()[-3000:]
