@@ -113,6 +113,7 @@ def _attempts(
         attempt = Attempt(lease.advance(), len(restarts.failures), hours=(time.monotonic() - begin) / 3600)
         if failed is not None:
             attempt.phases["wait"] = time.monotonic() - failed
+            failed = None
         wish = _wishes(config, placed, terminated)
         outcome, failure = run_group(placed.config, attempt, view, wish, placed.left_out)
         if outcome is not None and outcome["status"] != RESCALED:

@@ -238,7 +238,7 @@ def cluster() -> Iterator[Any]:
 def test_a_lost_node_costs_ranks_and_a_new_one_brings_them_back(
     cluster: Any, make_config: MakeConfig, config_file: Path, tmp_path: Path
 ) -> None:
-    steps = 900
+    steps = 360
     overrides = [
         f"train.steps={steps}",
         "checkpoint.every=20",
@@ -246,7 +246,7 @@ def test_a_lost_node_costs_ranks_and_a_new_one_brings_them_back(
         "optimizer.lr=1e-3",
         "ray.num_workers=4",
         "ray.min_workers=1",
-        recorded(tmp_path / "seen", pause=0.05),
+        recorded(tmp_path / "seen", pause=0.1),
     ]
     config = make_config(*overrides, name="elastic")
     arguments = [*overrides, "run.name=elastic", f"run.directory={config.run_directory}"]

@@ -21,7 +21,7 @@ from symile_dist.health.lease import locked
 from symile_dist.storage import sha256_of_file
 from symile_dist.tools.evaluate import evaluate_run
 from tests.system.conftest import MakeConfig
-from tests.system.runs import checkpoint_folder, history, losses, state_digests, train
+from tests.system.runs import assert_each_sample_once, checkpoint_folder, history, losses, state_digests, train
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
 
@@ -143,19 +143,21 @@ def test_warm_start_begins_with_the_other_runs_weights(make_config: MakeConfig) 
         torch.testing.assert_close(found[name], weights, rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_run_goes_on_at_another_world_size_and_stage(make_config: MakeConfig) -> None:
-    undisturbed = make_config("train.steps=9", "train.zero_stage=1", "checkpoint.every=3", name="undisturbed")
+@pytest.mark.slow
+def test_a_run_goes_on_at_other_world_sizes_and_stages(make_config: MakeConfig, tmp_path: Path) -> None:
+    common = ["checkpoint.every=4", "validation.every=null"]
+    undisturbed = make_config(*common, "train.steps=16", "train.zero_stage=1", "ray.num_workers=4", name="undisturbed")
     train(undisturbed)
-    for overrides in (
-        ("train.steps=3", "ray.num_workers=2", "train.zero_stage=1"),
-        ("train.steps=6", "ray.num_workers=1", "train.zero_stage=3"),
-        ("train.steps=9", "ray.num_workers=2", "train.zero_stage=2"),
-    ):
-        moved = make_config(*overrides, name="moved")
+    objective = f"objective={{name: 'tests.system.faulty:RecordedSymile', folder: {tmp_path / 'seen'}}}"
+    for steps, world_size, stage in ((4, 4, 1), (8, 2, 3), (12, 1, 2), (16, 4, 1)):
+        overrides = [f"train.steps={steps}", f"ray.num_workers={world_size}", f"train.zero_stage={stage}"]
+        moved = make_config(*common, *overrides, objective, name="moved")
         train(moved, resume=True)
-    expected = losses(undisturbed)
-    for step, loss in losses(moved).items():
-        assert loss == pytest.approx(expected[step], rel=1e-4), f"step {step}"
+    expected, found = losses(undisturbed), losses(moved)
+    assert found.keys() == expected.keys()
+    for step, loss in found.items():
+        assert loss == pytest.approx(expected[step], rel=1e-5), f"step {step}"
+    assert_each_sample_once(tmp_path / "seen", 16, 16, 256)
 
 
 def test_more_workers_than_the_cluster_holds_is_refused(make_config: MakeConfig) -> None:
