@@ -404,6 +404,9 @@ class CheckpointConfig(Section):
     """Checkpoints of steps that this divides are kept for good."""
     max_failures: Positive = 3
     """The run stops when this many saves in a row have failed, of a full disk for instance."""
+    mirror: str | None = None
+    """Folder or URL (s3://bucket/prefix) that has the checkpoints too, one run's alone: a run whose directory is lost
+    goes on from there. Training does not wait for it. Reached as data.storage says."""
 
 
 class RayConfig(Section):
@@ -533,6 +536,7 @@ class Config(Section):
         return self.model_copy(
             update={
                 "run": self.run.model_copy(update=run),
+                "checkpoint": self.checkpoint.model_copy(update={"mirror": absolute(self.checkpoint.mirror)}),
                 "data": self.data.model_copy(update=data),
                 "modalities": modalities,
                 "evaluation": self.evaluation.model_copy(update=evaluation),

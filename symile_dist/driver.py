@@ -15,6 +15,7 @@ from rich.console import Console
 
 from symile_dist import run_directory
 from symile_dist.checkpoint.manifest import CHECKPOINTS, CheckpointError, complete_checkpoints, read_manifest
+from symile_dist.checkpoint.mirror import Mirror
 from symile_dist.cluster import answering_nodes, fitted, living_nodes, ranks_held, start_ray
 from symile_dist.config import Config
 from symile_dist.data.loader import open_training
@@ -59,6 +60,8 @@ def launch(
             return {"status": "finished", "message": "", **state, "restarts": 0, "seconds": 0.0}
     start_ray(config)
     with locked(config.run_directory) as lease:
+        if config.checkpoint.mirror:
+            lease.fence = max(lease.fence, Mirror(config).claim(fresh))
         run_directory.prepare(config, fresh, resume)
         return run(config, lease, plain, console)
 

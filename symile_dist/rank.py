@@ -66,6 +66,7 @@ def train_rank(
     manifest = checkpoints.find()
     state = TrainState.from_manifest(manifest) if manifest else TrainState()
     checkpoints.begin(state.step)
+    recorder.count_damaged(checkpoints.damaged_files)
     failpoint("start.begun", rank, state.step)
     done("checkpoint")
     loader = _open_loader(config, rank, manifest)

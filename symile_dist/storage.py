@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -148,6 +149,36 @@ class Folder:
             return
         self._ask(self / name, lambda: self._fs.pipe_file(f"{self._root}/{name}", content))
 
+    def create(self, name: str, content: bytes) -> bool:
+        """Writes a file unless there is one; False then. Of several writers at once one wins, on local disks and in
+        stores that keep such promises (S3's If-None-Match)."""
+        if self.path is not None:
+            temporary = self.path / f".{name}.{os.getpid()}.{threading.get_ident()}.tmp"
+            try:
+                temporary.write_bytes(content)
+                os.link(temporary, self.path / name)
+            except FileExistsError:
+                return False
+            finally:
+                temporary.unlink(missing_ok=True)
+            sync_directory(self.path)
+            return True
+        remote = f"{self._root}/{name}"
+        conditional = self.url.partition("://")[0] in ("s3", "s3a")
+
+        def attempt() -> bool:
+            if not conditional and self._fs.exists(remote):
+                return False
+            try:
+                self._fs.pipe_file(remote, content, **({"mode": "create"} if conditional else {}))
+            except Exception as error:
+                if is_refused(error):
+                    return False
+                raise
+            return True
+
+        return self._ask(self / name, attempt)
+
     def put(self, source: Path, name: str) -> None:
         """Copies a local file into it: whole or not at all."""
         if self.path is not None:
@@ -281,6 +312,16 @@ def failure_kind(error: BaseException) -> FailureKind:
         return "permanent"
     network = type(error).__module__.partition(".")[0] in ("aiohttp", "botocore", "aiobotocore", "fsspec")
     return "transient" if network or isinstance(error, OSError | EOFError) else "permanent"
+
+
+def is_refused(error: BaseException) -> bool:
+    """Whether a store has refused a conditional request, since its condition does not hold."""
+    for one in (error, error.__cause__):
+        response = getattr(one, "response", None)
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+        if status in (409, 412):
+            return True
+    return isinstance(error, FileExistsError)
 
 
 def backoff(tries: int) -> float:

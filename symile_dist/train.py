@@ -306,6 +306,14 @@ def _tell_saves(checkpoints: CheckpointManager, recorder: Recorder, state: Train
     for saved in checkpoints.news():
         if saved.problem:
             recorder.event(state.step, f"checkpoint of step {saved.step} not saved: {saved.problem}", level="warning")
+            recorder.count_failed_save()
         else:
             samples_seen = saved.train_state["samples_seen"]
             recorder.checkpoint_record(saved.step, samples_seen, saved.size, saved.seconds, saved.stall)
+    for copied in checkpoints.news_of_mirror():
+        if copied.problem:
+            words = f"checkpoint of step {copied.step} not copied to the mirror: {copied.problem}"
+            recorder.event(state.step, words, level="warning")
+            recorder.count_failed_save(mirror=True)
+        else:
+            recorder.record("mirror", copied.step, seconds=copied.seconds)

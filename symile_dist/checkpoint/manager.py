@@ -32,13 +32,14 @@ from symile_dist.checkpoint.manifest import (
     read_manifest,
     verify,
 )
+from symile_dist.checkpoint.mirror import Copying, Mirror
 from symile_dist.checkpoint.shard import HostCopy
 from symile_dist.checkpoint.shards import Shards
 from symile_dist.config import Config
 from symile_dist.distributed import barrier, broadcast_object, gather_objects, rank, world_size
 from symile_dist.errors import RunStopped
 from symile_dist.failpoints import failpoint
-from symile_dist.storage import read_json, sync_directory, write_json
+from symile_dist.storage import error_words, read_json, sync_directory, write_json
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = "attempts.json"
@@ -132,6 +133,15 @@ class Saved(NamedTuple):
     """Why there is no such checkpoint."""
 
 
+class Mirrored(NamedTuple):
+    """A checkpoint that has been copied to the mirror."""
+
+    step: int
+    seconds: float
+    problem: str | None
+    """Why it is not there."""
+
+
 class _Save(threading.Thread):
     """One save behind the step loop: this rank's file; on rank 0 the manifest too, once every rank's file is there."""
 
@@ -158,6 +168,8 @@ class _Save(threading.Thread):
         self.begin, self.seconds, self.stall = time.perf_counter(), 0.0, 0.0
         self.size = copy.size
         self.problem: str | None = None
+        self.copying: Copying | None = None
+        """Its way to the mirror, which begins on rank 0 with the commit."""
         self.copied, self.written, self.cancelled = threading.Event(), threading.Event(), threading.Event()
 
     def file(self, number: int, suffix: str) -> Path:
@@ -173,6 +185,8 @@ class _Save(threading.Thread):
             self.written.set()
             if self.rank == 0:
                 self._commit()
+            elif self.copying:
+                self.copying.start()
         except Exception as error:  # a full disk, a folder that is gone: told when the ranks next agree
             self.problem = f"{type(error).__name__}: {error}"
             with contextlib.suppress(OSError):
@@ -240,6 +254,13 @@ class CheckpointManager:
         self._ended: list[Saved] = []
         self._told = -1
         self._failures = 0
+        self._mirror = Mirror(config) if config.checkpoint.mirror else None
+        self._copying: Copying | None = None
+        self._passed_by: tuple[int, Path] | None = None
+        """Step and this rank's file of the newest checkpoint, where the mirror was still busy with another."""
+        self._mirrored: list[Mirrored] = []
+        self.damaged_files = 0
+        """That `find` has come across."""
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -276,15 +297,27 @@ class CheckpointManager:
             f"{self._token}-{self._saves}",
             manifest,
             self.superseded,
-            lambda: self._prune(step, train_state.get("best_step")),
+            lambda: self._committed(step, train_state.get("best_step")),
         )
         save.stall = time.perf_counter() - begin
         self._running = save
+        self._passed_by = None
+        if self._mirror and self._mirror_is_free():
+            self._copying = save.copying = Copying(self._mirror, rank(), step, save.file(rank(), "safetensors"))
+        elif self._mirror:
+            self._passed_by = step, save.file(rank(), "safetensors")
         engine.before_update = self._wait_for_copy
         save.start()
         if wait:
             self.settle()
         return time.perf_counter() - begin
+
+    def _committed(self, step: int, best: int | None) -> None:
+        """On rank 0, behind the step loop."""
+        kept = self._prune(step, best)
+        if self._copying and self._copying.step == step:
+            self._copying.kept = kept
+            self._copying.start()
 
     def _wait_for_copy(self) -> None:
         """Until what is being saved is copied: from here on it changes."""
@@ -309,6 +342,8 @@ class CheckpointManager:
         self._failures = self._failures + 1 if problems else 0
         if not problems:
             return
+        if self._copying and self._copying.step == save.step:
+            self._copying = None
         if rank() == 0:
             logger.warning("checkpoint of step %d could not be saved: %s", save.step, problems[0])
             if not (save.folder / MANIFEST).exists():
@@ -330,27 +365,71 @@ class CheckpointManager:
         return fresh
 
     def finish(self) -> None:
-        """Waits for the last save. Raises RunStopped, on all ranks, where it failed."""
+        """Waits for the last save, and until the mirror has it. Raises RunStopped, on all ranks, where it failed."""
         self.settle()
         if self._failures:
             raise RunStopped(f"the last checkpoint could not be saved in {self.directory}; make room, then resume")
+        self._finish_copying()
+        if self._mirror and self._passed_by:
+            self._copying = Copying(self._mirror, rank(), *self._passed_by)
+            self._passed_by = None
+            self._copying.kept = {step for step, _ in complete_checkpoints(self.directory)}
+            self._copying.start()
+            self._finish_copying()
+
+    # -- the mirror --------------------------------------------------------------------------------------------------
+
+    def _mirror_is_free(self) -> bool:
+        """Whether all ranks have done with the last copy to the mirror: while one has not, checkpoints go by, so that a
+        slow store holds up nobody."""
+        copying = self._copying
+        if copying is None:
+            return True
+        states = gather_objects((copying.copied.is_set(), not copying.is_alive(), copying.problem))
+        problem = next((problem for *_, problem in states if problem), None)
+        if not all(copied for copied, *_ in states) or not (states[0][1] or problem):
+            return False
+        copying.cancelled.set()  # rank 0 may wait for a file that will not come
+        copying.join()
+        self._mirrored.append(Mirrored(copying.step, copying.seconds, problem))
+        self._copying = None
+        return True
+
+    def _finish_copying(self) -> None:
+        """Waits until the mirror has what is on its way there."""
+        if self._copying is None:
+            return
+        self._copying.copied.wait()
+        if any(gather_objects(self._copying.problem)):
+            self._copying.cancelled.set()
+        self._copying.join()
+        barrier()
+        assert self._mirror_is_free()
+
+    def news_of_mirror(self) -> list[Mirrored]:
+        """The copies that have come to an end since the last call."""
+        ended, self._mirrored = self._mirrored, []
+        return ended
 
     def close(self) -> None:
         """At the end of a run that failed: gives a save that is on its way some time to get done."""
         if self._running is not None:
             self._running.join(CLOSE_SECONDS)
 
-    def _prune(self, step: int, best: int | None) -> None:
-        """Keeps the newest `keep_last` complete checkpoints, each `keep_every`-th step and the best, no leftovers.
+    def _prune(self, step: int, best: int | None) -> set[int]:
+        """Returns which steps are left: the newest `keep_last` complete checkpoints, each `keep_every`-th and the best.
 
-        None of later steps: they belong to a future that this run has left by going on from before them.
+        No leftovers, and none of later steps: they belong to a future that this run has left.
         """
         complete = [each for each, _ in complete_checkpoints(self.directory) if each <= step]
-        kept = {*complete[-self.config.checkpoint.keep_last :], best}
         every = self.config.checkpoint.keep_every
+        kept = {each for each in (*complete[-self.config.checkpoint.keep_last :], best) if each is not None}
+        kept |= {each for each in complete if every and each % every == 0}
+        on_its_way = self._copying.step if self._copying and self._copying.is_alive() else None
         for each, folder in checkpoint_folders(self.directory):
-            if each > step or not (each in kept or (every and each % every == 0 and each in complete)):
+            if each not in kept and each != on_its_way:
                 _remove(folder)
+        return kept
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
@@ -361,10 +440,15 @@ class CheckpointManager:
         Rank 0 says which candidates there are and all ranks verify a share of the files, so all come to the same
         answer. Raises CheckpointError when there are checkpoints but none is whole: never silently from zero.
         """
-        complete = reversed(complete_checkpoints(self.directory))
-        candidates = broadcast_object([folder.name for step, folder in complete if before is None or step < before])
+        candidates = self._candidates(before)
         problems: list[str] = []
-        for name in candidates:
+        for step, is_here in candidates:
+            name = folder_name(step)
+            if not is_here:
+                unfetched = self._fetch(step)
+                problems += unfetched
+                if unfetched:
+                    continue
             folder = self.directory / name
             try:
                 manifest = read_manifest(folder)
@@ -379,6 +463,7 @@ class CheckpointManager:
                     continue
                 return manifest
             problems += bad
+            self.damaged_files += len(bad)
             if rank() == 0:
                 for problem in bad:
                     logger.warning("checkpoint %s is damaged: %s", name, problem)
@@ -388,6 +473,54 @@ class CheckpointManager:
                 "To begin again from step 0, use another run directory or: symile-dist train CONFIG --fresh"
             )
         return None
+
+    def _candidates(self, before: int | None) -> list[tuple[int, bool]]:
+        """Rank 0's answer, on all ranks: (step, whether it is here, not at the mirror), the newest first; of one step
+        first what is here."""
+        found = [(step, True) for step, _ in complete_checkpoints(self.directory)]
+        problem = None
+        if self._mirror and rank() == 0:
+            try:
+                found += [(step, False) for step in self._mirror.steps()]
+            except Exception as error:
+                problem = error_words(error)
+                logger.warning("the mirror is not asked for checkpoints: %s", problem)
+        found = sorted((each for each in found if before is None or each[0] < before), reverse=True)
+        found, problem = broadcast_object((found, problem))
+        if problem and not found:
+            raise CheckpointError(
+                f"no checkpoint is in {self.directory}, and the mirror does not say whether it has one: {problem}"
+            )
+        return found
+
+    def _fetch(self, step: int) -> list[str]:
+        """Copies a checkpoint from the mirror; every rank a share of its files. Returns what went wrong."""
+        assert self._mirror is not None
+        folder, found = self.directory / folder_name(step), []
+        manifest: Manifest | None = None
+        if rank() == 0:
+            try:
+                manifest = self._mirror.manifest(step)
+                _remove(folder)
+                folder.mkdir(parents=True, exist_ok=True)
+            except Exception as error:
+                found = [f"mirror, step {step}: {error_words(error)}"]
+        manifest, found = broadcast_object((manifest, found))
+        if manifest is None:
+            return found
+        try:
+            for entry in manifest.files[rank() :: world_size()]:
+                self._mirror.fetch(step, entry, folder)
+        except Exception as error:
+            found = [f"mirror, step {step}: {error_words(error)}"]
+        problems = [problem for part in gather_objects(found) for problem in part]
+        if rank() == 0 and not problems:
+            manifest.write(folder)
+            logger.warning("checkpoint of step %d was copied from %s", step, self._mirror.folder.url)
+        elif rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        barrier()
+        return problems
 
     def begin(self, step: int) -> None:
         """Writes down from which step this attempt goes on, 0 where there was no checkpoint: what a former attempt
@@ -405,13 +538,22 @@ class CheckpointManager:
 
     def give_up_after(self, step: int) -> None:
         """Removes the checkpoints of later steps: the run goes on from this one, and they hold what it goes back from.
-        No save may be on its way."""
+        No save may be on its way. Raises RunStopped, on all ranks, where the mirror keeps them."""
         assert self._running is None
+        self._finish_copying()
+        problem = None
         if rank() == 0:
             for each, folder in checkpoint_folders(self.directory):
                 if each > step:
                     _remove(folder)
-        barrier()
+            try:
+                if self._mirror:
+                    self._mirror.give_up_after(step)
+            except Exception as error:
+                problem = error_words(error)
+        problem = broadcast_object(problem)
+        if problem:
+            raise RunStopped(f"step {step}: later checkpoints cannot be removed from the mirror: {problem}")
         self._told = -1  # they will be saved anew
 
     def load(self, engine: HasState, manifest: Manifest) -> None:

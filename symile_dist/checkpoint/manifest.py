@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from symile_dist.storage import read_json, sha256_of_file, write_json
+from symile_dist.storage import sha256_of_file, write_json
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run's directory in which its checkpoints stand."""
@@ -83,7 +83,22 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises CheckpointError when the manifest is missing or damaged."""
     path = folder / MANIFEST
     try:
-        content = read_json(path)
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: not a complete checkpoint (it has no {MANIFEST})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: damaged manifest: {error}") from None
+    manifest = parse_manifest(content, path)
+    if folder_name(manifest.step) != folder.name:
+        raise CheckpointError(f"{path}: is the manifest of step {manifest.step}, not of {folder.name}")
+    return manifest
+
+
+def parse_manifest(text: bytes, path: Path | str) -> Manifest:
+    """The content of a manifest's file, of which `path` tells where it stands. Raises CheckpointError where it is
+    damaged."""
+    try:
+        content = json.loads(text)
         if content["version"] != VERSION:
             raise CheckpointError(f"{path}: made by another version of symile_dist")
         if content.pop("sha256") != _digest(content):
@@ -102,16 +117,12 @@ def read_manifest(folder: Path) -> Manifest:
             and isinstance(manifest.loader_state, dict)
         ):
             raise TypeError("an entry is missing or of another type")
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: not a complete checkpoint (it has no {MANIFEST})") from None
     except CheckpointError:
         raise
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged manifest: {error}") from None
-    if folder_name(manifest.step) != folder.name:
-        raise CheckpointError(f"{path}: is the manifest of step {manifest.step}, not of {folder.name}")
     for entry in files:
-        if Path(entry.path).is_absolute() or ".." in Path(entry.path).parts:
+        if Path(entry.path).name != entry.path or entry.path in ("", ".", ".."):
             raise CheckpointError(f"{path}: file name {entry.path!r} leaves the checkpoint's folder")
     return manifest
 

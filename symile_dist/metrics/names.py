@@ -222,6 +222,12 @@ _TABLE = (
         unit="bytes",
     ),
     MetricSpec(name="symile_checkpoint_failures_total", kind="counter", help="Saves that did not commit."),
+    MetricSpec(name="symile_mirror_failures_total", kind="counter", help="Checkpoints that did not reach the mirror."),
+    MetricSpec(
+        name="symile_checkpoint_damaged_files_total",
+        kind="counter",
+        help="Files of checkpoints that were not as they had been written, when the run looked for one to go on from.",
+    ),
     MetricSpec(
         name="symile_checkpoint_last_success_timestamp_seconds",
         kind="gauge",

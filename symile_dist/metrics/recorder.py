@@ -155,6 +155,15 @@ class Recorder:
                 self.exporter.set("symile_checkpoint_size_bytes", size)
         self.record("checkpoint", step, samples_seen=samples_seen, bytes=size, seconds=seconds, stall_seconds=stall)
 
+    def count_failed_save(self, mirror: bool = False) -> None:
+        if self.exporter:
+            what = "mirror" if mirror else "checkpoint"
+            self.exporter.increment(f"symile_{what}_failures_total")
+
+    def count_damaged(self, files: int) -> None:
+        if self.exporter and files:
+            self.exporter.increment("symile_checkpoint_damaged_files_total", files)
+
     def start_record(self, step: int, phases: dict[str, float]) -> None:
         """How long the way into the first step took, phase by phase (see START_PHASES)."""
         if self.exporter:

@@ -228,6 +228,54 @@ def test_a_full_disk_costs_a_checkpoint_and_several_in_a_row_end_the_run(tmp_pat
     assert [step for step, _ in complete_checkpoints(tmp_path / "always" / "checkpoints")] == [1]
 
 
+def mirrored(directory: str, failpoints: list[dict[str, Any]]) -> list[Any]:
+    """Checkpoints of steps 1 to 3, each copied to the mirror before the next; (step, problem) of each copy."""
+    from symile_dist.checkpoint.manager import CheckpointManager
+    from symile_dist.failpoints import VARIABLE
+
+    os.environ[VARIABLE] = json.dumps(failpoints)
+    config = configured(directory, 2, "fp32")
+    config.checkpoint.mirror = f"{directory}-mirror"
+    engine, manager = started(config), CheckpointManager(config)
+    told: list[Any] = []
+    for step in (1, 2, 3):
+        take_steps(engine, step - 1, step)
+        manager.save(engine, step, {}, {}, wait=True)
+        manager._finish_copying()
+        told += [(copied.step, copied.problem) for copied in manager.news_of_mirror()]
+    manager.finish()
+    return told
+
+
+def find_at_mirror(directory: str) -> dict[str, Any]:
+    from symile_dist.checkpoint.manager import CheckpointManager
+
+    config = configured(directory, 1, "fp32")
+    config.checkpoint.mirror = f"{directory}-mirror"
+    engine, manager = started(config), CheckpointManager(config)
+    manifest = manager.find()
+    assert manifest is not None
+    manager.load(engine, manifest)
+    return {"step": manifest.step, "state": whole_state(engine)}
+
+
+def test_what_one_rank_cannot_copy_to_the_mirror_is_not_seen_there(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (tmp_path / "run-mirror").mkdir()
+    fault = {"at": "mirror.copied", "rank": 1, "step": 3, "do": "raise"}
+    for told in run_distributed(mirrored, 2, str(run), [fault], timeout=60):
+        (_, first), (_, second), (step, third) = told
+        assert first is None and second is None and step == 3 and "No space left" in third
+    assert [step for step, _ in complete_checkpoints(run / "checkpoints")][-1] == 3
+    # The run's directory is lost: another world size and stage goes on from what the mirror has whole.
+    expected = run_distributed(find_at_mirror, 3, str(run), timeout=60)[0]
+    assert expected["step"] == 3
+    shutil.rmtree(run)
+    for found in run_distributed(find_at_mirror, 3, str(run), timeout=60):
+        assert found["step"] == 2
+        assert found["state"].keys() == expected["state"].keys()
+
+
 def find_each(directories: list[str]) -> list[Any]:
     from symile_dist.checkpoint.manager import CheckpointManager
 

@@ -1,0 +1,166 @@
+"""A second home of a run's checkpoints, in an object store or another folder: RUN may be lost with its disk.
+
+All stands in one folder, as `step-00000010.manifest.json` and `step-00000010.rank-00000.TOKEN.safetensors`: one
+listing tells everything. As on the disk the manifest comes last; a store that can (S3) refuses it where there is one
+already, so that of two writers the one with the higher fence wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import threading
+import time
+from pathlib import Path
+
+from symile_dist.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    folder_name,
+    parse_manifest,
+    read_manifest,
+)
+from symile_dist.config import Config
+from symile_dist.failpoints import failpoint
+from symile_dist.storage import Folder, error_words, sha256_of_file
+
+logger = logging.getLogger(__name__)
+OWNER = "owner.json"
+POLL_SECONDS = 1.0
+_NAME = re.compile(r"step-(\d{8,})\.(.+)")
+
+
+class Mirror:
+    """The folder that `checkpoint.mirror` names."""
+
+    def __init__(self, config: Config) -> None:
+        assert config.checkpoint.mirror is not None
+        self.run_name = config.run.name
+        self.folder = Folder(config.checkpoint.mirror, config.data.storage)
+
+    def claim(self, fresh: bool = False) -> int:
+        """Makes it this run's, and returns the highest fence under which anything was committed there.
+
+        Raises ValueError where it is another run's, where it cannot be written, and for `fresh` where it holds
+        checkpoints: what begins anew must not go on from these.
+        """
+        url = self.folder.url
+        try:
+            if self.folder.path is not None:
+                self.folder.path.mkdir(parents=True, exist_ok=True)
+            self.folder.create(OWNER, json.dumps({"run": self.run_name}).encode())
+            owner = json.loads(self.folder.read(OWNER)).get("run")
+            steps = self.steps()
+            fences = [self.manifest(step).fence for step in steps]
+        except CheckpointError as error:
+            raise ValueError(f"checkpoint.mirror: {error}; remove it, or choose another folder") from None
+        except Exception as error:
+            raise ValueError(f"checkpoint.mirror: {url}: {error_words(error)}") from None
+        if owner != self.run_name:
+            raise ValueError(f"checkpoint.mirror: {url} is that of run '{owner}'; choose another folder")
+        if fresh and steps:
+            raise ValueError(f"checkpoint.mirror: {url} holds checkpoints of the old run; with --fresh choose another")
+        return max(fences, default=0)
+
+    def steps(self) -> list[int]:
+        """Those that were committed, in order. Raises StorageError where the store does not answer."""
+        return sorted(step for step, names in self._names().items() if MANIFEST in names)
+
+    def _names(self) -> dict[int, dict[str, int]]:
+        """Sizes of all files of each step, by name."""
+        found: dict[int, dict[str, int]] = {}
+        with contextlib.suppress(FileNotFoundError):  # an object store has no empty folders
+            for name, info in self.folder.list().items():
+                match = _NAME.fullmatch(name)
+                if match:
+                    found.setdefault(int(match[1]), {})[match[2]] = info.size
+        return found
+
+    def manifest(self, step: int) -> Manifest:
+        """Raises CheckpointError where it is damaged."""
+        name = _name(step, MANIFEST)
+        return parse_manifest(self.folder.read(name), self.folder / name)
+
+    def put(self, step: int, path: Path) -> None:
+        """Copies a rank's file there."""
+        self.folder.put(path, _name(step, path.name))
+
+    def commit(self, manifest: Manifest, folder: Path, cancelled: threading.Event) -> None:
+        """Waits until all files of a checkpoint are there, and writes its manifest.
+
+        Raises OSError where another rank's file will not come, or a later attempt was there before.
+        """
+        while True:
+            names = self._names().get(manifest.step, {})
+            if all(names.get(entry.path) == entry.size for entry in manifest.files):
+                break
+            if cancelled.wait(POLL_SECONDS):
+                raise OSError("another rank could not copy its file")
+        name, content = _name(manifest.step, MANIFEST), (folder / MANIFEST).read_bytes()
+        if not self.folder.create(name, content):
+            there = self.manifest(manifest.step)
+            if there.fence > manifest.fence:
+                raise OSError(f"{self.folder / name}: is of a later attempt (fence {there.fence})")
+            self.folder.write(name, content)  # of one that this run has gone back from
+
+    def keep(self, kept: set[int], newest: int) -> None:
+        """Removes what is neither of a step that is kept, nor on its way."""
+        for step, names in self._names().items():
+            if step not in kept and step <= newest:
+                for name in sorted(names, key=lambda name: name != MANIFEST):
+                    self.folder.remove(_name(step, name))
+
+    def give_up_after(self, step: int) -> None:
+        """Removes later checkpoints."""
+        self.keep({each for each in self._names() if each <= step}, newest=max(self._names(), default=0))
+
+    def fetch(self, step: int, entry: FileEntry, folder: Path) -> None:
+        """Copies a file back into a checkpoint's folder. Raises CheckpointError where it is not what was saved."""
+        path = folder / entry.path
+        with self.folder.local_copy(_name(step, entry.path), folder) as copy:
+            if sha256_of_file(copy) != entry.sha256:
+                raise CheckpointError(f"{self.folder / _name(step, entry.path)}: does not match the manifest's sha256")
+            if self.folder.path is None:
+                copy.rename(path)
+            else:
+                path.write_bytes(copy.read_bytes())
+
+
+def _name(step: int, name: str) -> str:
+    return f"{folder_name(step)}.{name}"
+
+
+class Copying(threading.Thread):
+    """One checkpoint on its way to the mirror: this rank's file; on rank 0 then the manifest."""
+
+    def __init__(self, mirror: Mirror, rank: int, step: int, path: Path) -> None:
+        """
+        Args:
+            path: this rank's file of the checkpoint, which is committed on the disk.
+        """
+        super().__init__(name="mirror", daemon=True)
+        self.mirror, self.rank, self.step, self.path = mirror, rank, step, path
+        self.problem: str | None = None
+        self.cancelled, self.copied = threading.Event(), threading.Event()
+        self.kept: set[int] = set()
+        """Steps that are still kept; rank 0 is told with `start`."""
+        self.seconds = 0.0
+
+    def run(self) -> None:
+        begin = time.perf_counter()
+        try:
+            self.mirror.put(self.step, self.path)
+            failpoint("mirror.copied", self.rank, self.step)
+            self.copied.set()
+            if self.rank == 0:
+                self.mirror.commit(read_manifest(self.path.parent), self.path.parent, self.cancelled)
+                self.mirror.keep(self.kept | {self.step}, self.step)
+        except Exception as error:
+            self.problem = error_words(error)
+        finally:
+            self.seconds = time.perf_counter() - begin
+            self.copied.set()
