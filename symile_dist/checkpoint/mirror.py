@@ -153,8 +153,8 @@ class Copying(threading.Thread):
     def run(self) -> None:
         begin = time.perf_counter()
         try:
+            failpoint("mirror.begun", self.rank, self.step)
             self.mirror.put(self.step, self.path)
-            failpoint("mirror.copied", self.rank, self.step)
             self.copied.set()
             if self.rank == 0:
                 self.mirror.commit(read_manifest(self.path.parent), self.path.parent, self.cancelled)

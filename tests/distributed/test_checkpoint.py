@@ -43,10 +43,10 @@ SETTINGS = [
 ]
 
 
-def configured(directory: str, stage: int, precision: str) -> Config:
+def configured(directory: str, stage: int, precision: str, *more: str) -> Config:
     world = f"ray.num_workers={dist.get_world_size() if dist.is_initialized() else 1}"
     options = [world, f"train.zero_stage={stage}", f"train.precision={precision}", f"run.directory={directory}"]
-    return parse_config(TEXT, "checkpoint.yaml", options).config
+    return parse_config(TEXT, "checkpoint.yaml", [*options, *more]).config
 
 
 def started(config: Config) -> Any:
@@ -234,8 +234,7 @@ def mirrored(directory: str, failpoints: list[dict[str, Any]]) -> list[Any]:
     from symile_dist.failpoints import VARIABLE
 
     os.environ[VARIABLE] = json.dumps(failpoints)
-    config = configured(directory, 2, "fp32")
-    config.checkpoint.mirror = f"{directory}-mirror"
+    config = configured(directory, 2, "fp32", f"checkpoint.mirror={directory}-mirror")
     engine, manager = started(config), CheckpointManager(config)
     told: list[Any] = []
     for step in (1, 2, 3):
@@ -250,8 +249,7 @@ def mirrored(directory: str, failpoints: list[dict[str, Any]]) -> list[Any]:
 def find_at_mirror(directory: str) -> dict[str, Any]:
     from symile_dist.checkpoint.manager import CheckpointManager
 
-    config = configured(directory, 1, "fp32")
-    config.checkpoint.mirror = f"{directory}-mirror"
+    config = configured(directory, 1, "fp32", f"checkpoint.mirror={directory}-mirror")
     engine, manager = started(config), CheckpointManager(config)
     manifest = manager.find()
     assert manifest is not None
@@ -262,7 +260,7 @@ def find_at_mirror(directory: str) -> dict[str, Any]:
 def test_what_one_rank_cannot_copy_to_the_mirror_is_not_seen_there(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (tmp_path / "run-mirror").mkdir()
-    fault = {"at": "mirror.copied", "rank": 1, "step": 3, "do": "raise"}
+    fault = {"at": "mirror.begun", "rank": 1, "step": 3, "do": "raise"}
     for told in run_distributed(mirrored, 2, str(run), [fault], timeout=60):
         (_, first), (_, second), (step, third) = told
         assert first is None and second is None and step == 3 and "No space left" in third
