@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CUDA torch: make setup TORCH="torch==2.13.0 --index-url <the wheel index for your CUDA>"
 TORCH ?= torch==2.13.0
 
-.PHONY: setup peers demo test test-slow lint format clean
+.PHONY: setup peers demo test test-slow soak lint format clean
 
 $(VENV)/.setup-done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
@@ -34,6 +34,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Long runs under chaos, about 20 minutes: what it tells is written down in docs/reliability.md.
+soak: setup
+	$(BIN)/python -m pytest -m soak -s
 
 lint: setup
 	$(BIN)/ruff check .

@@ -66,6 +66,14 @@ def _resume(options: argparse.Namespace) -> int:
     return _train_until_done(load_run(options.run, options.overrides), options, resume=True)
 
 
+def _fork(options: argparse.Namespace) -> int:
+    from symile_dist.tools.fork import fork
+
+    done = fork(options.run, options.new, options.step)
+    words = f"{done['run']}: a run of its own, at step {done['step']}; train it: symile-dist resume {done['run']}"
+    return _print_result(options, done, lambda: words)
+
+
 def _evaluate(options: argparse.Namespace) -> int:
 
     from symile_dist.tools.evaluate import evaluate_run, format_results
@@ -565,6 +573,17 @@ def build_parser() -> argparse.ArgumentParser:
     resume.add_argument("run", metavar="RUN", help="the run's directory")
     resume.add_argument("overrides", metavar="key=value", nargs="*", help="changes to its config")
     _run_arguments(resume)
+
+    fork = _command(
+        commands,
+        "fork",
+        _fork,
+        "A new run that begins where another stood at one of its checkpoints; the other is left as it is.",
+        "symile-dist fork runs/demo-symile runs/colder --step 400\n  symile-dist resume runs/colder optimizer.lr=1e-4",
+    )
+    fork.add_argument("run", metavar="RUN", help="directory of the run that there is")
+    fork.add_argument("new", metavar="NEW", help="directory of the new one; its name becomes the run's")
+    fork.add_argument("--step", default="latest", help="a step, `latest` (default) or `best` (by validation)")
 
     evaluate = _command(
         commands,

@@ -17,7 +17,7 @@ from symile_dist.failpoints import VARIABLE as FAILPOINTS
 from symile_dist.health.attempt import Attempt
 from symile_dist.health.beat import signs_of_life
 from symile_dist.health.restarts import Failure
-from symile_dist.health.watchdog import hang_of
+from symile_dist.health.watchdog import flight_recorder, hang_of
 from symile_dist.run_directory import update_run
 from symile_dist.view.terminal import TerminalView
 
@@ -81,6 +81,7 @@ def run_group(
             storage_path=str(config.run_directory / "ray"),
             # Restarts are the driver's: it knows the run's checkpoints, and what the cluster still holds.
             failure_config=FailureConfig(max_failures=0),
+            worker_runtime_env={"env_vars": flight_recorder(config.run_directory, attempt.fence)} if use_gpu else None,
         ),
     )
     update_run(config.run_directory, status="running", world_size=config.world_size)

@@ -14,6 +14,7 @@ from symile_dist.checkpoint.manifest import Manifest
 from symile_dist.checkpoint.reshape import consolidated_weights
 from symile_dist.config import Config
 from symile_dist.data.loader import TrainingLoader, open_training
+from symile_dist.data.quarantine import QUARANTINE
 from symile_dist.distributed import raise_together
 from symile_dist.engine import Engine, import_deepspeed
 from symile_dist.errors import RunStopped
@@ -62,7 +63,9 @@ def train_rank(
     import_deepspeed(device)
     seed_everything(config.seed, rank)
     done("import")
-    checkpoints = CheckpointManager(config, attempt.fence, lambda: superseded(config.run_directory, attempt.fence))
+    checkpoints = CheckpointManager(
+        config, attempt.fence, lambda: superseded(config.run_directory, attempt.fence), companions=[QUARANTINE]
+    )
     manifest = checkpoints.find()
     state = TrainState.from_manifest(manifest) if manifest else TrainState()
     checkpoints.begin(state.step)

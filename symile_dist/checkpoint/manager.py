@@ -10,7 +10,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -32,7 +32,7 @@ from symile_dist.checkpoint.manifest import (
     read_manifest,
     verify,
 )
-from symile_dist.checkpoint.mirror import Copying, Mirror
+from symile_dist.checkpoint.mirror import NOT_COPIED, Copying, Mirror
 from symile_dist.checkpoint.shard import HostCopy
 from symile_dist.checkpoint.shards import Shards
 from symile_dist.config import Config
@@ -239,12 +239,21 @@ class CheckpointManager:
     before that, the folder is no checkpoint.
     """
 
-    def __init__(self, config: Config, fence: int = 0, superseded: Callable[[], str | None] = lambda: None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        fence: int = 0,
+        superseded: Callable[[], str | None] = lambda: None,
+        companions: Sequence[str] = (),
+    ) -> None:
         """
         Args:
             fence: the number under which this process group holds the run; 0: none.
             superseded: says why this process group may commit nothing more, once that is so.
+            companions: files of the run's directory without which a checkpoint cannot be gone on from; they go to the
+                mirror with it.
         """
+        self.companions = [config.run_directory / name for name in companions]
         self.config, self.fence, self.superseded = config, fence, superseded
         self.directory = config.run_directory / CHECKPOINTS
         self._copy = HostCopy()
@@ -303,7 +312,7 @@ class CheckpointManager:
         self._running = save
         self._passed_by = None
         if self._mirror and self._mirror_is_free():
-            self._copying = save.copying = Copying(self._mirror, rank(), step, save.file(rank(), "safetensors"))
+            self._copying = save.copying = self._copy_of(step, save.file(rank(), "safetensors"))
         elif self._mirror:
             self._passed_by = step, save.file(rank(), "safetensors")
         engine.before_update = self._wait_for_copy
@@ -371,13 +380,17 @@ class CheckpointManager:
             raise RunStopped(f"the last checkpoint could not be saved in {self.directory}; make room, then resume")
         self._finish_copying()
         if self._mirror and self._passed_by:
-            self._copying = Copying(self._mirror, rank(), *self._passed_by)
+            self._copying = self._copy_of(*self._passed_by)
             self._passed_by = None
             self._copying.kept = {step for step, _ in complete_checkpoints(self.directory)}
             self._copying.start()
             self._finish_copying()
 
     # -- the mirror --------------------------------------------------------------------------------------------------
+
+    def _copy_of(self, step: int, path: Path) -> Copying:
+        assert self._mirror is not None
+        return Copying(self._mirror, rank(), step, path, self.companions)
 
     def _mirror_is_free(self) -> bool:
         """Whether all ranks have done with the last copy to the mirror: while one has not, checkpoints go by, so that a
@@ -386,7 +399,9 @@ class CheckpointManager:
         if copying is None:
             return True
         states = gather_objects((copying.copied.is_set(), not copying.is_alive(), copying.problem))
-        problem = next((problem for *_, problem in states if problem), None)
+        # What comes of another rank's problem is told last.
+        problems = sorted((problem for *_, problem in states if problem), key=lambda problem: NOT_COPIED in problem)
+        problem = next(iter(problems), None)
         if not all(copied for copied, *_ in states) or not (states[0][1] or problem):
             return False
         copying.cancelled.set()  # rank 0 may wait for a file that will not come
@@ -515,6 +530,8 @@ class CheckpointManager:
             found = [f"mirror, step {step}: {error_words(error)}"]
         problems = [problem for part in gather_objects(found) for problem in part]
         if rank() == 0 and not problems:
+            for path in self.companions:
+                self._mirror.fetch_companion(step, path)
             manifest.write(folder)
             logger.warning("checkpoint of step %d was copied from %s", step, self._mirror.folder.url)
         elif rank() == 0:

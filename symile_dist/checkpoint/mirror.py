@@ -13,6 +13,7 @@ import logging
 import re
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from symile_dist.checkpoint.manifest import (
@@ -26,11 +27,12 @@ from symile_dist.checkpoint.manifest import (
 )
 from symile_dist.config import Config
 from symile_dist.failpoints import failpoint
-from symile_dist.storage import Folder, error_words, sha256_of_file
+from symile_dist.storage import Folder, error_words, sha256_of_file, write_atomic
 
 logger = logging.getLogger(__name__)
 OWNER = "owner.json"
 POLL_SECONDS = 1.0
+NOT_COPIED = "another rank could not copy its file"
 _NAME = re.compile(r"step-(\d{8,})\.(.+)")
 
 
@@ -99,7 +101,7 @@ class Mirror:
             if all(names.get(entry.path) == entry.size for entry in manifest.files):
                 break
             if cancelled.wait(POLL_SECONDS):
-                raise OSError("another rank could not copy its file")
+                raise OSError(NOT_COPIED)
         name, content = _name(manifest.step, MANIFEST), (folder / MANIFEST).read_bytes()
         if not self.folder.create(name, content):
             there = self.manifest(manifest.step)
@@ -117,6 +119,13 @@ class Mirror:
     def give_up_after(self, step: int) -> None:
         """Removes later checkpoints."""
         self.keep({each for each in self._names() if each <= step}, newest=max(self._names(), default=0))
+
+    def fetch_companion(self, step: int, path: Path) -> None:
+        """Copies back a file that went along with a checkpoint, unless it did not or is here."""
+        with contextlib.suppress(FileNotFoundError):
+            if not path.exists():
+                content = self.folder.read(_name(step, path.name))
+                write_atomic(path, lambda file: file.write(content))
 
     def fetch(self, step: int, entry: FileEntry, folder: Path) -> None:
         """Copies a file back into a checkpoint's folder. Raises CheckpointError where it is not what was saved."""
@@ -137,13 +146,14 @@ def _name(step: int, name: str) -> str:
 class Copying(threading.Thread):
     """One checkpoint on its way to the mirror: this rank's file; on rank 0 then the manifest."""
 
-    def __init__(self, mirror: Mirror, rank: int, step: int, path: Path) -> None:
+    def __init__(self, mirror: Mirror, rank: int, step: int, path: Path, companions: Sequence[Path] = ()) -> None:
         """
         Args:
             path: this rank's file of the checkpoint, which is committed on the disk.
+            companions: files that rank 0 copies with it, those that are there.
         """
         super().__init__(name="mirror", daemon=True)
-        self.mirror, self.rank, self.step, self.path = mirror, rank, step, path
+        self.mirror, self.rank, self.step, self.path, self.companions = mirror, rank, step, path, companions
         self.problem: str | None = None
         self.cancelled, self.copied = threading.Event(), threading.Event()
         self.kept: set[int] = set()
@@ -155,6 +165,9 @@ class Copying(threading.Thread):
         try:
             failpoint("mirror.begun", self.rank, self.step)
             self.mirror.put(self.step, self.path)
+            for path in self.companions:
+                if self.rank == 0 and path.exists():
+                    self.mirror.put(self.step, path)
             self.copied.set()
             if self.rank == 0:
                 self.mirror.commit(read_manifest(self.path.parent), self.path.parent, self.cancelled)

@@ -18,12 +18,30 @@ from pathlib import Path
 from symile_dist.health.beat import HEALTH, SignOfLife, signs_of_life
 
 POLL_SECONDS = 0.5
+FLIGHT_RECORD_SECONDS = 5.0
+"""For writing it."""
 
 
 def start_watchdog(run_directory: Path, fence: int, place: str, hang_seconds: float) -> subprocess.Popen[bytes]:
     """Watches this node's ranks of an attempt as long as the calling process lives."""
     arguments = [str(run_directory), str(fence), place, str(hang_seconds), str(os.getpid())]
     return subprocess.Popen([sys.executable, "-m", "symile_dist.health.watchdog", *arguments])
+
+
+def flight_recorder(run_directory: Path, fence: int) -> dict[str, str]:
+    """The environment in which NCCL's process groups remember their last collectives, and write them to the run's logs
+    when one times out or the watchdog asks for it (PyTorch's ProcessGroupNCCL environment variables)."""
+    prefix = str(_flight_record(run_directory, fence, ""))
+    return {
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,
+        "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": prefix,
+    }
+
+
+def _flight_record(run_directory: Path, fence: int, end: str) -> Path:
+    return run_directory / "logs" / f"nccl-{fence:06d}-rank-{end}"
 
 
 def hang_of(run_directory: Path, fence: int) -> str | None:
@@ -59,12 +77,25 @@ def _end(run_directory: Path, fence: int, place: str, ranks: list[SignOfLife], h
         for sign in ranks:
             file.write(f"== rank {sign.rank}, process {sign.pid}, in step {sign.step + 1}\n".encode())
             file.write(_stack(sign.pid))
+    pipes = [_flight_record(run_directory, fence, f"{sign.rank}.pipe") for sign in ranks]
+    if sum(_ask_for_flight_record(pipe) for pipe in pipes):
+        time.sleep(FLIGHT_RECORD_SECONDS)
     which = f" (behind: rank {', '.join(behind)})" if len(behind) < len(ranks) else ""
     words = f"no step was finished for {hang_seconds:g} s on {place}{which}; stacks in {stacks}"
     (run_directory / HEALTH / f"hang-{fence:06d}-{place}.txt").write_text(words)
     for sign in ranks:
         with contextlib.suppress(ProcessLookupError):
             os.kill(sign.pid, signal.SIGKILL)
+
+
+def _ask_for_flight_record(pipe: Path) -> bool:
+    """Whether there is a process group of NCCL's to ask."""
+    try:
+        with open(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK), "w") as file:
+            file.write("1\n")
+    except OSError:  # no pipe: gloo; nobody reads it: the rank is stopped
+        return False
+    return True
 
 
 def _stack(pid: int) -> bytes:

@@ -179,6 +179,20 @@ def test_a_mirror_is_one_runs_and_says_so(make: Make, bucket: Bucket) -> None:
         Mirror(make("checkpoint.mirror=s3://no-such-bucket-here/x")).claim()
 
 
+def test_what_a_checkpoint_needs_beside_itself_goes_along(make: Make, bucket: Bucket) -> None:
+    config = make()
+    config.run_directory.mkdir()
+    (config.run_directory / "list.json").write_text("what is left out")
+    manager = CheckpointManager(config, companions=["list.json", "not-there.json"])
+    save(manager, Model(), 5)
+    manager.finish()
+    shutil.rmtree(config.run_directory)
+    manifest = CheckpointManager(config, companions=["list.json", "not-there.json"]).find()
+    assert manifest and manifest.step == 5
+    assert (config.run_directory / "list.json").read_text() == "what is left out"
+    assert sorted(path.name for path in config.run_directory.iterdir()) == ["checkpoints", "list.json"]
+
+
 def test_a_folder_is_a_mirror_as_well(make: Make, tmp_path: Path) -> None:
     config = make(f"checkpoint.mirror={tmp_path / 'mirror'}")
     Mirror(config).claim()
