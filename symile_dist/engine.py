@@ -8,6 +8,8 @@ import importlib
 import logging
 import math
 import os
+import sys
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -109,6 +111,14 @@ def _new_groups_with_timeout(timeout: timedelta) -> Iterator[None]:
         dist.new_group = original
 
 
+def _muon() -> Iterator[types.ModuleType]:
+    """What stands in for DeepSpeed's modules of the Muon optimizer: an optimizer that none is."""
+    for name, value in (("muon_optimizer", type("MuonWithAuxAdam", (), {})), ("original_muon", None)):
+        module = types.ModuleType(f"deepspeed.runtime.zero.muon.{name}")
+        vars(module)["MuonWithAuxAdam" if value else "muon_update"] = value
+        yield module
+
+
 def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, told which accelerator it has: it reads that when it is first imported."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
@@ -116,6 +126,9 @@ def import_deepspeed(device: torch.device) -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # Muon is never used here, but imported in every step, and with it torch's compiler: two seconds of every start.
+    for module in _muon():
+        sys.modules.setdefault(module.__name__, module)
     if device.type == "cpu":
         # An optional shared-memory all-reduce whose compilation takes half a minute at the first start; killed in the
         # midst of it, a worker leaves a lock on which every later one waits for ever. Not by `import ... as`, which

@@ -65,15 +65,16 @@ def disturb(
     begin, begun_at = time.monotonic(), time.time()
     first_step = _last_step(run)
     done: list[Disturbance] = []
+    last = begin
     while time.monotonic() - begin < seconds and not _has_ended(run):
-        pause = time.monotonic() + chance.uniform(*every)
+        pause = last + chance.uniform(*every)
         while time.monotonic() < pause and not _has_ended(run):
             time.sleep(POLL_SECONDS)
         ranks = _ranks_here(run)
         if not ranks or _has_ended(run):
             continue
         sign, fault = chance.choice(ranks), chance.choice(faults)
-        at = time.monotonic()
+        at = last = time.monotonic()
         try:
             os.kill(sign.pid, FAULTS[fault])
         except ProcessLookupError:  # it has just ended by itself

@@ -32,7 +32,7 @@ from symile_dist.checkpoint.manifest import (
     read_manifest,
     verify,
 )
-from symile_dist.checkpoint.mirror import NOT_COPIED, Copying, Mirror
+from symile_dist.checkpoint.mirror import Copies, Copying, Mirror, Mirrored
 from symile_dist.checkpoint.shard import HostCopy
 from symile_dist.checkpoint.shards import Shards
 from symile_dist.config import Config
@@ -133,15 +133,6 @@ class Saved(NamedTuple):
     """Why there is no such checkpoint."""
 
 
-class Mirrored(NamedTuple):
-    """A checkpoint that has been copied to the mirror."""
-
-    step: int
-    seconds: float
-    problem: str | None
-    """Why it is not there."""
-
-
 class _Save(threading.Thread):
     """One save behind the step loop: this rank's file; on rank 0 the manifest too, once every rank's file is there."""
 
@@ -152,14 +143,14 @@ class _Save(threading.Thread):
         token: str,
         manifest: Manifest,
         superseded: Callable[[], str | None],
-        committed: Callable[[], None],
+        committed: Callable[[], set[int]],
     ) -> None:
         """
         Args:
             token: of the files' names, which no other attempt has.
             manifest: still without files.
             superseded: as of the manager.
-            committed: called by rank 0 when it is done.
+            committed: called by rank 0 when it is done; returns which steps are kept.
         """
         super().__init__(name="checkpoint", daemon=True)
         self.copy, self.folder, self.token = copy, folder, token
@@ -183,9 +174,9 @@ class _Save(threading.Thread):
                 self.copied.set()
             self._write()
             self.written.set()
-            if self.rank == 0:
-                self._commit()
-            elif self.copying:
+            kept = self._commit() if self.rank == 0 else None
+            if self.copying:
+                self.copying.kept = kept
                 self.copying.start()
         except Exception as error:  # a full disk, a folder that is gone: told when the ranks next agree
             self.problem = f"{type(error).__name__}: {error}"
@@ -203,7 +194,8 @@ class _Save(threading.Thread):
         failpoint("checkpoint.written", self.rank, self.step)
         write_json(self.file(self.rank, "json"), {"path": path.name, "size": self.copy.size, "sha256": digest})
 
-    def _commit(self) -> None:
+    def _commit(self) -> set[int] | None:
+        """Returns which steps are kept from now on; None where that is not known."""
         entries: list[FileEntry] = []
         while len(entries) < self.world_size:
             if self.cancelled.wait(0 if self.file(len(entries), "json").exists() else POLL_SECONDS):
@@ -222,9 +214,10 @@ class _Save(threading.Thread):
             sync_directory(self.folder.parent)
             failpoint("checkpoint.committed", self.rank, self.step)
             _tidy(self.folder, {MANIFEST, *(entry.path for entry in entries)})
-            self.committed()
+            return self.committed()
         except OSError as error:
             logger.warning("behind checkpoint %s: %s", self.folder.name, error)
+            return None
 
     def outcome(self) -> Saved:
         return Saved(self.step, self.size, self.seconds, self.stall, self.manifest.train_state, self.problem)
@@ -263,11 +256,7 @@ class CheckpointManager:
         self._ended: list[Saved] = []
         self._told = -1
         self._failures = 0
-        self._mirror = Mirror(config) if config.checkpoint.mirror else None
-        self._copying: Copying | None = None
-        self._passed_by: tuple[int, Path] | None = None
-        """Step and this rank's file of the newest checkpoint, where the mirror was still busy with another."""
-        self._mirrored: list[Mirrored] = []
+        self._copies = Copies(Mirror(config), self.companions) if config.checkpoint.mirror else None
         self.damaged_files = 0
         """That `find` has come across."""
 
@@ -306,27 +295,17 @@ class CheckpointManager:
             f"{self._token}-{self._saves}",
             manifest,
             self.superseded,
-            lambda: self._committed(step, train_state.get("best_step")),
+            lambda: self._prune(step, train_state.get("best_step")),
         )
         save.stall = time.perf_counter() - begin
         self._running = save
-        self._passed_by = None
-        if self._mirror and self._mirror_is_free():
-            self._copying = save.copying = self._copy_of(step, save.file(rank(), "safetensors"))
-        elif self._mirror:
-            self._passed_by = step, save.file(rank(), "safetensors")
+        if self._copies:
+            save.copying = self._copies.next(step, save.file(rank(), "safetensors"))
         engine.before_update = self._wait_for_copy
         save.start()
         if wait:
             self.settle()
         return time.perf_counter() - begin
-
-    def _committed(self, step: int, best: int | None) -> None:
-        """On rank 0, behind the step loop."""
-        kept = self._prune(step, best)
-        if self._copying and self._copying.step == step:
-            self._copying.kept = kept
-            self._copying.start()
 
     def _wait_for_copy(self) -> None:
         """Until what is being saved is copied: from here on it changes."""
@@ -351,8 +330,8 @@ class CheckpointManager:
         self._failures = self._failures + 1 if problems else 0
         if not problems:
             return
-        if self._copying and self._copying.step == save.step:
-            self._copying = None
+        if self._copies:
+            self._copies.drop(save.step)
         if rank() == 0:
             logger.warning("checkpoint of step %d could not be saved: %s", save.step, problems[0])
             if not (save.folder / MANIFEST).exists():
@@ -378,53 +357,12 @@ class CheckpointManager:
         self.settle()
         if self._failures:
             raise RunStopped(f"the last checkpoint could not be saved in {self.directory}; make room, then resume")
-        self._finish_copying()
-        if self._mirror and self._passed_by:
-            self._copying = self._copy_of(*self._passed_by)
-            self._passed_by = None
-            self._copying.kept = {step for step, _ in complete_checkpoints(self.directory)}
-            self._copying.start()
-            self._finish_copying()
-
-    # -- the mirror --------------------------------------------------------------------------------------------------
-
-    def _copy_of(self, step: int, path: Path) -> Copying:
-        assert self._mirror is not None
-        return Copying(self._mirror, rank(), step, path, self.companions)
-
-    def _mirror_is_free(self) -> bool:
-        """Whether all ranks have done with the last copy to the mirror: while one has not, checkpoints go by, so that a
-        slow store holds up nobody."""
-        copying = self._copying
-        if copying is None:
-            return True
-        states = gather_objects((copying.copied.is_set(), not copying.is_alive(), copying.problem))
-        # What comes of another rank's problem is told last.
-        problems = sorted((problem for *_, problem in states if problem), key=lambda problem: NOT_COPIED in problem)
-        problem = next(iter(problems), None)
-        if not all(copied for copied, *_ in states) or not (states[0][1] or problem):
-            return False
-        copying.cancelled.set()  # rank 0 may wait for a file that will not come
-        copying.join()
-        self._mirrored.append(Mirrored(copying.step, copying.seconds, problem))
-        self._copying = None
-        return True
-
-    def _finish_copying(self) -> None:
-        """Waits until the mirror has what is on its way there."""
-        if self._copying is None:
-            return
-        self._copying.copied.wait()
-        if any(gather_objects(self._copying.problem)):
-            self._copying.cancelled.set()
-        self._copying.join()
-        barrier()
-        assert self._mirror_is_free()
+        if self._copies:
+            self._copies.finish(kept={step for step, _ in complete_checkpoints(self.directory)})
 
     def news_of_mirror(self) -> list[Mirrored]:
-        """The copies that have come to an end since the last call."""
-        ended, self._mirrored = self._mirrored, []
-        return ended
+        """The copies to the mirror that have come to an end since the last call; no other rank is asked."""
+        return self._copies.news() if self._copies else []
 
     def close(self) -> None:
         """At the end of a run that failed: gives a save that is on its way some time to get done."""
@@ -440,9 +378,9 @@ class CheckpointManager:
         every = self.config.checkpoint.keep_every
         kept = {each for each in (*complete[-self.config.checkpoint.keep_last :], best) if each is not None}
         kept |= {each for each in complete if every and each % every == 0}
-        on_its_way = self._copying.step if self._copying and self._copying.is_alive() else None
+        under_way = self._copies.under_way if self._copies else None
         for each, folder in checkpoint_folders(self.directory):
-            if each not in kept and each != on_its_way:
+            if each not in kept and not (under_way and each == under_way.step):
                 _remove(folder)
         return kept
 
@@ -494,9 +432,9 @@ class CheckpointManager:
         first what is here."""
         found = [(step, True) for step, _ in complete_checkpoints(self.directory)]
         problem = None
-        if self._mirror and rank() == 0:
+        if self._copies and rank() == 0:
             try:
-                found += [(step, False) for step in self._mirror.steps()]
+                found += [(step, False) for step in self._copies.mirror.steps()]
             except Exception as error:
                 problem = error_words(error)
                 logger.warning("the mirror is not asked for checkpoints: %s", problem)
@@ -510,12 +448,13 @@ class CheckpointManager:
 
     def _fetch(self, step: int) -> list[str]:
         """Copies a checkpoint from the mirror; every rank a share of its files. Returns what went wrong."""
-        assert self._mirror is not None
+        assert self._copies is not None
+        mirror = self._copies.mirror
         folder, found = self.directory / folder_name(step), []
         manifest: Manifest | None = None
         if rank() == 0:
             try:
-                manifest = self._mirror.manifest(step)
+                manifest = mirror.manifest(step)
                 _remove(folder)
                 folder.mkdir(parents=True, exist_ok=True)
             except Exception as error:
@@ -525,15 +464,15 @@ class CheckpointManager:
             return found
         try:
             for entry in manifest.files[rank() :: world_size()]:
-                self._mirror.fetch(step, entry, folder)
+                mirror.fetch(step, entry, folder)
         except Exception as error:
             found = [f"mirror, step {step}: {error_words(error)}"]
         problems = [problem for part in gather_objects(found) for problem in part]
         if rank() == 0 and not problems:
             for path in self.companions:
-                self._mirror.fetch_companion(step, path)
+                mirror.fetch_companion(step, path)
             manifest.write(folder)
-            logger.warning("checkpoint of step %d was copied from %s", step, self._mirror.folder.url)
+            logger.warning("checkpoint of step %d was copied from %s", step, mirror.folder.url)
         elif rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         barrier()
@@ -557,15 +496,16 @@ class CheckpointManager:
         """Removes the checkpoints of later steps: the run goes on from this one, and they hold what it goes back from.
         No save may be on its way. Raises RunStopped, on all ranks, where the mirror keeps them."""
         assert self._running is None
-        self._finish_copying()
+        if self._copies:
+            self._copies.finish()
         problem = None
         if rank() == 0:
             for each, folder in checkpoint_folders(self.directory):
                 if each > step:
                     _remove(folder)
             try:
-                if self._mirror:
-                    self._mirror.give_up_after(step)
+                if self._copies:
+                    self._copies.mirror.give_up_after(step)
             except Exception as error:
                 problem = error_words(error)
         problem = broadcast_object(problem)

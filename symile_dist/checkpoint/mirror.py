@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from symile_dist.checkpoint.manifest import (
     MANIFEST,
@@ -26,6 +27,7 @@ from symile_dist.checkpoint.manifest import (
     read_manifest,
 )
 from symile_dist.config import Config
+from symile_dist.distributed import barrier, gather_objects, rank
 from symile_dist.failpoints import failpoint
 from symile_dist.storage import Folder, error_words, sha256_of_file, write_atomic
 
@@ -139,10 +141,6 @@ class Mirror:
                 path.write_bytes(copy.read_bytes())
 
 
-def _name(step: int, name: str) -> str:
-    return f"{folder_name(step)}.{name}"
-
-
 class Copying(threading.Thread):
     """One checkpoint on its way to the mirror: this rank's file; on rank 0 then the manifest."""
 
@@ -156,8 +154,8 @@ class Copying(threading.Thread):
         self.mirror, self.rank, self.step, self.path, self.companions = mirror, rank, step, path, companions
         self.problem: str | None = None
         self.cancelled, self.copied = threading.Event(), threading.Event()
-        self.kept: set[int] = set()
-        """Steps that are still kept; rank 0 is told with `start`."""
+        self.kept: set[int] | None = None
+        """Steps that are kept there; rank 0 is told before `start`. None: all."""
         self.seconds = 0.0
 
     def run(self) -> None:
@@ -171,9 +169,96 @@ class Copying(threading.Thread):
             self.copied.set()
             if self.rank == 0:
                 self.mirror.commit(read_manifest(self.path.parent), self.path.parent, self.cancelled)
-                self.mirror.keep(self.kept | {self.step}, self.step)
+                if self.kept is not None:
+                    self.mirror.keep(self.kept | {self.step}, self.step)
         except Exception as error:
             self.problem = error_words(error)
         finally:
             self.seconds = time.perf_counter() - begin
             self.copied.set()
+
+
+class Mirrored(NamedTuple):
+    """A checkpoint whose way to the mirror has come to an end."""
+
+    step: int
+    seconds: float
+    problem: str | None
+    """Why it is not there."""
+
+
+class Copies:
+    """A run's checkpoints on their way to its mirror, one at a time; all ranks call `next`, `drop`, `finish`, in step.
+
+    While one is under way others go by, so that a slow store holds up nobody.
+    """
+
+    def __init__(self, mirror: Mirror, companions: Sequence[Path]) -> None:
+        """
+        Args:
+            companions: files of the run's directory without which a checkpoint cannot be gone on from.
+        """
+        self.mirror, self.companions = mirror, companions
+        self.under_way: Copying | None = None
+        self._passed_by: tuple[int, Path] | None = None
+        self._ended: list[Mirrored] = []
+
+    def next(self, step: int, path: Path) -> Copying | None:
+        """The copy of a checkpoint that is about to be saved: to be started once this rank's file, `path`, is there
+        and, on rank 0, once it is committed. None where another one is under way."""
+        self._passed_by = None
+        if not self._is_free():
+            self._passed_by = step, path
+            return None
+        self.under_way = Copying(self.mirror, rank(), step, path, self.companions)
+        return self.under_way
+
+    def drop(self, step: int) -> None:
+        """There is no such checkpoint: it could not be saved."""
+        if self.under_way and self.under_way.step == step:
+            self.under_way = None
+
+    def finish(self, kept: set[int] | None = None) -> None:
+        """Waits until the mirror has what is on its way there; with `kept`, the newest checkpoint too."""
+        self._wait()
+        if kept is not None and self._passed_by:
+            self.under_way = Copying(self.mirror, rank(), *self._passed_by, self.companions)
+            self._passed_by = None
+            self.under_way.kept = kept
+            self.under_way.start()
+            self._wait()
+
+    def news(self) -> list[Mirrored]:
+        """Those that have come to an end since the last call; no other rank is asked."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _is_free(self) -> bool:
+        copying = self.under_way
+        if copying is None:
+            return True
+        states = gather_objects((copying.copied.is_set(), not copying.is_alive(), copying.problem))
+        # What comes of another rank's problem is told last.
+        problems = sorted((problem for *_, problem in states if problem), key=lambda problem: NOT_COPIED in problem)
+        problem = next(iter(problems), None)
+        if not all(copied for copied, *_ in states) or not (states[0][1] or problem):
+            return False
+        copying.cancelled.set()  # rank 0 may wait for a file that will not come
+        copying.join()
+        self._ended.append(Mirrored(copying.step, copying.seconds, problem))
+        self.under_way = None
+        return True
+
+    def _wait(self) -> None:
+        if self.under_way is None:
+            return
+        self.under_way.copied.wait()
+        if any(gather_objects(self.under_way.problem)):
+            self.under_way.cancelled.set()
+        self.under_way.join()
+        barrier()
+        assert self._is_free()
+
+
+def _name(step: int, name: str) -> str:
+    return f"{folder_name(step)}.{name}"

@@ -240,7 +240,8 @@ def mirrored(directory: str, failpoints: list[dict[str, Any]]) -> list[Any]:
     for step in (1, 2, 3):
         take_steps(engine, step - 1, step)
         manager.save(engine, step, {}, {}, wait=True)
-        manager._finish_copying()
+        assert manager._copies is not None
+        manager._copies.finish()
         told += [(copied.step, copied.problem) for copied in manager.news_of_mirror()]
     manager.finish()
     return told

@@ -14,7 +14,7 @@ from tests.system.runs import assert_each_sample_once, history, losses, state_di
 from tests.system.test_faults import recorded
 from tests.system.test_kill import start, wait_for_step
 
-STEPS, SECONDS = 4000, 600
+STEPS, SECONDS = 6000, 600
 
 
 @pytest.mark.soak

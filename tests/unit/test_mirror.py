@@ -41,6 +41,11 @@ def names(bucket: Bucket) -> list[str]:
     return sorted(entry["Key"].removeprefix("mirror/") for entry in found)
 
 
+def finish_copying(manager: CheckpointManager) -> None:
+    assert manager._copies is not None
+    manager._copies.finish()
+
+
 def kept(bucket: Bucket) -> list[int]:
     """Steps of which the mirror has all; fails when it has anything else."""
     found = names(bucket)
@@ -56,7 +61,7 @@ def test_a_lost_run_directory_comes_back_through_a_store_that_fails_now_and_then
         manager, model = CheckpointManager(config, fence=4), Model()
         for step in (5, 10, 15, 20):
             save(manager, model, step)
-            manager._finish_copying()
+            finish_copying(manager)
         manager.finish()
         assert [(copied.step, copied.problem) for copied in manager.news_of_mirror()] == [
             (5, None), (10, None), (15, None), (20, None),
@@ -78,7 +83,7 @@ def test_damage_here_is_mended_from_the_mirror_and_damage_there_is_found(make: M
     manager, model = CheckpointManager(config), Model()
     for step in (5, 10):
         save(manager, model, step)
-        manager._finish_copying()
+        finish_copying(manager)
     file = next((config.run_directory / "checkpoints" / "step-00000010").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
     mended = CheckpointManager(config)
@@ -100,7 +105,7 @@ def test_a_store_that_does_not_answer_costs_no_training_and_is_told(make: Make, 
         config = make("data.storage.give_up_seconds=1", endpoint=proxy.url)
         manager, model = CheckpointManager(config), Model()
         save(manager, model, 5)
-        manager._finish_copying()
+        finish_copying(manager)
         proxy.fault = lambda number, method, path: "503"
         save(manager, model, 10)
         manager.finish()
@@ -124,14 +129,14 @@ def test_a_slow_store_lets_checkpoints_go_by_but_not_the_last(make: Make, bucket
     config = make()
     manager, model = CheckpointManager(config), Model()
     go = threading.Event()
-    assert manager._mirror is not None
-    real = manager._mirror.put
+    assert manager._copies is not None
+    real = manager._copies.mirror.put
 
     def slowly(step: int, path: Path) -> None:
         go.wait(20)
         real(step, path)
 
-    manager._mirror.put = slowly  # type: ignore[method-assign]
+    manager._copies.mirror.put = slowly  # type: ignore[method-assign]
     save(manager, model, 5, 10, 15, 20)
     assert steps(config) == [5, 15, 20], "what is on its way was pruned"
     go.set()
