@@ -94,6 +94,7 @@ def train(
             "save": rank() == 0 and interval.due(state.step + 1, time.monotonic()),
         }
         seconds = time.perf_counter() - last
+        interval.stepped(seconds, checkpoints.saving)
         granted = _count(config, engine, state, batch, skipped_for, loader, recorder, seconds, wishes)
         rollback = _guarded(guard, state, batch, trained, loader, recorder)
         if rollback:

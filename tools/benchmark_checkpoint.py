@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import tempfile
@@ -14,12 +15,14 @@ import torch.distributed as dist
 from rich import box
 from rich.table import Table
 
+from symile_dist.checkpoint.interval import SaveInterval
 from symile_dist.checkpoint.manager import CheckpointManager, Saved
 from symile_dist.config import parse_config
 from symile_dist.engine import Engine
 from symile_dist.types import Batch
 
 INPUT, BATCH = 256, 16
+STEPS_BETWEEN = 8
 CONFIG = """
 run: {{name: benchmark, directory: {directory}}}
 data: {{train: none}}
@@ -28,6 +31,7 @@ modalities:
   b: {{member: npy, decoder: npy, transform: tensor, encoder: {encoder}}}
   c: {{member: npy, decoder: npy, transform: tensor, encoder: {encoder}}}
 model: {{embedding_dim: 256, logit_scale_init: -1}}
+checkpoint: {{every: auto}}
 train: {{steps: 1000000, global_batch_size: {batch}, zero_stage: 1}}
 """
 
@@ -52,6 +56,8 @@ def benchmark_checkpoint(megabytes: int = 200, repeats: int = 5, out: str | None
         engine, manager = Engine(config, torch.device("cpu")), CheckpointManager(config)
         step = 0
         stalls: list[float] = []
+        intervals: list[float] = []
+        costs: list[float] = []
         waited: list[float] = []
         step_seconds: list[float] = []
         for _ in range(repeats + 1):
@@ -61,12 +67,17 @@ def benchmark_checkpoint(megabytes: int = 200, repeats: int = 5, out: str | None
             waited.append(time.perf_counter() - begin)
             step_seconds.append(_step(engine, step + 1))
             manager.news()
-            manager.save(engine, step + 2, {}, {})
+            interval = SaveInterval(config.checkpoint, 1, 0.0)
+            for _ in range(STEPS_BETWEEN):
+                interval.stepped(_step(engine, step + 2), saving=False)
+            interval.saved(0.0, manager.save(engine, step + 2, {}, {}))
             ended: list[Saved] = []
             while not ended:
-                _step(engine, step + 2)
+                interval.stepped(_step(engine, step + 2), saving=True)
                 ended = manager.news()
             stalls.append(ended[0].stall)
+            costs.append(interval.cost())
+            intervals.append(interval.seconds() or math.inf)
             step += 3
         manager.finish()
         size = sum(tensor.numel() * tensor.element_size() for tensor in engine.saved_state()[0].values())
@@ -79,6 +90,9 @@ def benchmark_checkpoint(megabytes: int = 200, repeats: int = 5, out: str | None
         "first_stall_seconds": stalls[0],
         "waited_seconds": wait,
         "ratio": stall / wait,
+        "cost_seconds": statistics.median(costs[1:]),
+        "auto_interval_seconds": statistics.median(intervals[1:]),
+        "auto_overhead": statistics.median(costs[1:]) / statistics.median(intervals[1:]),
         "repeats": repeats,
     }
 
@@ -105,4 +119,7 @@ def checkpoint_table(results: dict[str, Any]) -> Table:
     table.add_row("the first stall, in fresh memory", f"{results['first_stall_seconds']:.4f}")
     table.add_row("a training step", f"{results['step_seconds']:.3f}")
     table.add_row("stall / waited for", f"{results['ratio']:.1%}")
+    table.add_row("what a save costs: stall, and slower steps beside it", f"{results['cost_seconds']:.3f}")
+    table.add_row("from save to save with checkpoint.every=auto", f"{results['auto_interval_seconds']:.0f}")
+    table.add_row("its share of the time", f"{results['auto_overhead']:.2%}")
     return table

@@ -307,6 +307,11 @@ class CheckpointManager:
             self.settle()
         return time.perf_counter() - begin
 
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way behind the step loop of this rank."""
+        return self._running is not None and self._running.is_alive()
+
     def _wait_for_copy(self) -> None:
         """Until what is being saved is copied: from here on it changes."""
         if self._running is not None and not self._running.copied.is_set():

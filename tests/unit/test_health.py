@@ -178,6 +178,25 @@ def test_the_automatic_interval_is_youngs_and_never_costs_much() -> None:
     assert 30.0 / (slow.seconds() or 0) <= MOST_OVERHEAD
 
 
+def test_a_save_costs_what_steps_beside_it_are_slower() -> None:
+    interval = SaveInterval(CheckpointConfig(every="auto"), 1024, now=0.0)
+    for seconds in (0.9, 0.2, 0.21, 0.19, 0.2):  # the first step is no measure
+        interval.stepped(seconds, saving=False)
+    interval.saved(60.0, 0.1)
+    for _ in range(4):
+        interval.stepped(0.3, saving=True)
+    expected = math.sqrt(2 * (0.1 + 4 * 0.1) * 8000 * 3600 / 1024)
+    assert interval.seconds() == pytest.approx(max(expected, 0.5 / MOST_OVERHEAD))
+    interval.stepped(0.2, saving=False)
+    assert interval.seconds() == pytest.approx(max(expected, 0.5 / MOST_OVERHEAD)), "it is over"
+    # Steps that happen to be faster make no save free: the interval does not vanish.
+    lucky = SaveInterval(CheckpointConfig(every="auto"), 8, now=0.0)
+    lucky.stepped(0.2, saving=False)
+    lucky.saved(60.0, 0.01)
+    lucky.stepped(0.1, saving=True)
+    assert (lucky.seconds() or 0) >= 10
+
+
 # -- failpoints --------------------------------------------------------------------------------------------------------
 
 
