@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from symile_dist.metrics.exporter import Exporter
 from symile_dist.metrics.names import METRICS, PREFIX, known_or_other
+from symile_dist.metrics.recorder import Recorder
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -216,3 +217,19 @@ def test_imports_neither_torch_nor_ray() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_recorder_tells_of_starts_and_of_saves_that_failed(exporter: Exporter) -> None:
+    recorder = Recorder(exporter)
+    recorder.start_record(11, {"workers": 8.5, "load": 0.25})
+    recorder.count_failed_save()
+    recorder.count_failed_save(mirror=True)
+    recorder.count_damaged(2)
+    recorder.checkpoint_record(10, 160, size=1000, seconds=0.5, stall=0.002)
+    values = scrape(exporter)
+    assert values[("symile_run_start_seconds", (("phase", "workers"),))] == 8.5
+    assert values[("symile_run_start_seconds", (("phase", "load"),))] == 0.25
+    assert values[("symile_checkpoint_failures_total", ())] == values[("symile_mirror_failures_total", ())] == 1
+    assert values[("symile_checkpoint_damaged_files_total", ())] == 2
+    assert values[("symile_checkpoint_duration_seconds_sum", (("op", "stall"),))] == 0.002
+    assert values[("symile_checkpoint_duration_seconds_count", (("op", "save"),))] == 1
