@@ -65,7 +65,7 @@ class RecordedSymile(SymileObjective):
 
 
 class FailsAlways(SymileObjective):
-    """Symile with a step that no rank survives."""
+    """Symile with a step for which the memory of rank 1 is too small."""
 
     def __init__(self, seed: int, step: int) -> None:
         super().__init__(seed)
@@ -73,5 +73,5 @@ class FailsAlways(SymileObjective):
 
     def forward(self, outputs: Outputs, batch: Batch, step: int) -> StepReport:
         if torch.is_grad_enabled() and step == self.step and dist.get_rank() == 1:
-            raise RuntimeError("this batch cannot be trained on")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return super().forward(outputs, batch, step)

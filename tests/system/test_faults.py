@@ -214,6 +214,7 @@ def test_a_step_that_always_fails_ends_the_run_with_the_names_of_its_samples(mak
         train(config)
     run = json.loads((config.run_directory / "run.json").read_text())
     assert (run["status"], run["restarts"], len(run["failing_samples"])) == ("failed", 2, BATCH)
+    assert [each["cause"] for each in run["failures"]] == ["out_of_memory", "out_of_memory"]
 
 
 # -- goal 14: nodes that go and come -----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 
 from symile_dist.checkpoint.interval import FIRST_SECONDS, MOST_OVERHEAD, SaveInterval
 from symile_dist.config import CheckpointConfig
+from symile_dist.errors import RunFailed
 from symile_dist.failpoints import VARIABLE, failpoint
 from symile_dist.health import lease as lease_module
 from symile_dist.health.beat import Beat, signs_of_life
@@ -88,6 +89,17 @@ def test_a_lease_that_ends_is_given_back(tmp_path: Path) -> None:
     with locked(tmp_path / "run"):
         pass
     assert json.loads(lease_file(tmp_path / "run").read_text())["released"] is True
+
+
+def test_an_owner_that_was_taken_for_dead_notices_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with locked(run) as lease:
+        # On another machine, whose locks this one does not see, somebody has found it silent.
+        taken = {"fence": lease.fence + 1, "process": 1, "host": "elsewhere", "beat": 1, "released": False}
+        lease_file(run).write_text(json.dumps(taken).ljust(512))
+        with pytest.raises(RunFailed, match="process 1 on elsewhere has taken the run over"):
+            lease.advance()
+    assert json.loads(lease_file(run).read_text()) == taken, "it wrote over the new owner's"
 
 
 # -- signs of life -----------------------------------------------------------------------------------------------------
