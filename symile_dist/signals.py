@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -31,22 +32,22 @@ def terminating(grace_seconds: float) -> Iterator[threading.Event]:
     """SIGTERM, which Slurm, Kubernetes and `timeout` send, sets the event: there is time to save. A second one, or the
     end of the grace, raises KeyboardInterrupt."""
     terminated = threading.Event()
+    over = threading.Timer(grace_seconds, os.kill, (os.getpid(), signal.SIGTERM))
+    over.daemon = True
 
     def ask(number: int, frame: object) -> None:
         terminated.set()
         signal.signal(signal.SIGTERM, _interrupt)
-        signal.signal(signal.SIGALRM, _interrupt)
-        signal.setitimer(signal.ITIMER_REAL, grace_seconds)
+        over.start()
 
     # (SIGINT: Ray Train leaves a handler of its own behind.)
-    with _handled_as_before(signal.SIGTERM, signal.SIGINT, signal.SIGALRM) as here:
+    with _handled_as_before(signal.SIGTERM, signal.SIGINT) as here:
         if here:
             signal.signal(signal.SIGTERM, ask)
         try:
             yield terminated
         finally:
-            if here:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+            over.cancel()
 
 
 @contextlib.contextmanager
