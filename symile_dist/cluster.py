@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from symile_dist.config import Config
 from symile_dist.data.order import largest_world_size
+from symile_dist.signals import handlers_kept, sigterm_blocked
 
 logger = logging.getLogger(__name__)
 
@@ -98,13 +99,15 @@ def join_ray(need_cpus: float) -> list[Node]:
         if address:
             _check_cluster_answers(address)
             try:
-                ray.init(address=address, **quiet)
+                with handlers_kept():
+                    ray.init(address=address, **quiet)
             except ConnectionError as error:
                 raise ValueError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None
         else:
             # On one machine CPUs are only counted, not enforced: more ranks than cores is slow, not wrong.
             cpus = max(os.cpu_count() or 1, math.ceil(need_cpus) + 1)
-            ray.init(address="local", _node_ip_address="127.0.0.1", num_cpus=cpus, include_dashboard=False, **quiet)
+            with handlers_kept(), sigterm_blocked():
+                ray.init(address="local", _node_ip_address="127.0.0.1", num_cpus=cpus, include_dashboard=False, **quiet)
     return living_nodes()
 
 

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -408,6 +408,23 @@ class CheckpointConfig(Section):
     """Folder or URL (s3://bucket/prefix) that has the checkpoints too, one run's alone: a run whose directory is lost
     goes on from there. Training does not wait for it. Reached as data.storage says."""
 
+    @field_validator("every", mode="before")
+    @classmethod
+    def _steps_or_auto(cls, value: Any) -> Any:
+        if value is None or value == "auto" or (type(value) is int and value >= 1):
+            return value
+        raise ValueError("should be a number of steps, 1 or more, or auto")
+
+    @field_validator("mirror")
+    @classmethod
+    def _a_folder(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not value or re.match(r"\w+:/(?!/)|\w+//", value) or re.fullmatch(r"\w+://+", value):
+            raise ValueError("should be a folder or a URL such as s3://bucket/prefix")
+        path = local_path(value)
+        return value if path is None else str(path.expanduser())
+
 
 class RayConfig(Section):
     num_workers: Positive = 1
@@ -495,6 +512,17 @@ class Config(Section):
                 encoder = other.get("encoder", "identity") if isinstance(other, dict) else "identity"
                 filled[name] = {**modality, "encoder": encoder}
         return {**value, "modalities": filled}
+
+    @model_validator(mode="after")
+    def _mirror_elsewhere(self) -> Self:
+        path = local_path(self.checkpoint.mirror) if self.checkpoint.mirror else None
+        if path is not None:
+            mirror, run = path.absolute(), self.run_directory.absolute()
+            if mirror == run or mirror in run.parents or run in mirror.parents:
+                raise ValueError(
+                    f"checkpoint.mirror: {path} and the run's directory {self.run_directory} lie in another"
+                )
+        return self
 
     @property
     def run_directory(self) -> Path:

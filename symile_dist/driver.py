@@ -14,18 +14,20 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from symile_dist import run_directory
+from symile_dist.checkpoint.attempts import usable_checkpoints
 from symile_dist.checkpoint.manifest import CHECKPOINTS, CheckpointError, complete_checkpoints, read_manifest
 from symile_dist.checkpoint.mirror import Mirror
 from symile_dist.cluster import answering_nodes, fitted, living_nodes, ranks_held, start_ray
 from symile_dist.config import Config
 from symile_dist.data.loader import open_training
-from symile_dist.errors import RunFailed
+from symile_dist.data.quarantine import QUARANTINE
+from symile_dist.errors import RunFailed, StorageError
 from symile_dist.group import run_group
 from symile_dist.health.attempt import Attempt
 from symile_dist.health.lease import Lease, locked
 from symile_dist.health.restarts import Restarts
 from symile_dist.preflight import preflight
-from symile_dist.run_directory import update_run
+from symile_dist.run_directory import tell_run
 from symile_dist.signals import terminating
 from symile_dist.view.terminal import TerminalView
 
@@ -50,51 +52,112 @@ def launch(
     Arguments as in `run_directory.check` and `run`. Returns and raises what `run` does; after a ValueError nothing has
     been written.
     """
+    with terminating(config.ray.grace_seconds) as terminated:
+        try:
+            return _launch(config, fresh, resume, plain, console, terminated)
+        except KeyboardInterrupt:
+            if not terminated.is_set():
+                raise
+            return {**_ended_as_asked(config), "restarts": 0, "seconds": 0.0}  # the grace is over
+
+
+def _launch(
+    config: Config,
+    fresh: bool,
+    resume: bool,
+    plain: bool | None,
+    console: Console | None,
+    terminated: threading.Event,
+) -> dict[str, Any]:
+    directory = config.run_directory
     for warning in preflight(config, fresh)[:5]:
         logger.warning("%s", warning)
     run_directory.check(config, fresh, resume)
-    done = [] if fresh else complete_checkpoints(config.run_directory / CHECKPOINTS)
+    done = [] if fresh else usable_checkpoints(directory / CHECKPOINTS)
     if done and done[-1][0] >= config.train.steps:
         with contextlib.suppress(CheckpointError):  # damaged: the ranks go on from the one before
             state = {key: value for key, value in read_manifest(done[-1][1]).train_state.items() if key != "guard"}
+            with locked(directory) as lease:
+                _claim_mirror(config, lease, fresh, resume)
+                tell_run(directory, status="finished", message="", **state)
             return {"status": "finished", "message": "", **state, "restarts": 0, "seconds": 0.0}
     start_ray(config)
-    with locked(config.run_directory) as lease:
-        if config.checkpoint.mirror:
-            lease.fence = max(lease.fence, Mirror(config).claim(fresh))
+    with locked(directory) as lease:
+        holder = _claim_mirror(config, lease, fresh, resume)
         run_directory.prepare(config, fresh, resume)
-        return run(config, lease, plain, console)
+        return run(config, lease, terminated, holder, plain, console)
 
 
-def run(config: Config, lease: Lease, plain: bool | None = None, console: Console | None = None) -> dict[str, Any]:
+def _claim_mirror(config: Config, lease: Lease, fresh: bool, resume: bool) -> str:
+    """Takes the mirror for this run, and copies there what it lacks of the newest checkpoint. Returns who holds it.
+
+    Raises ValueError where it is another run's or holds what this run must not go on from, RunFailed where it does not
+    answer and nothing is here.
+    """
+    if not config.checkpoint.mirror:
+        return ""
+    mirror = Mirror(config)
+    here = [] if fresh else usable_checkpoints(config.run_directory / CHECKPOINTS)
+    try:
+        before, there = mirror.owner().get("config"), mirror.steps()
+        if fresh and there:
+            raise ValueError(f"checkpoint.mirror: {mirror.folder.url} holds the old run's checkpoints; choose another")
+        if there and not here and before and not resume:
+            changed = run_directory.differences(Config.model_validate(before), config)
+            if changed:
+                raise ValueError(
+                    f"checkpoint.mirror: {mirror.folder.url} holds a run of another config ({'; '.join(changed[:5])}); "
+                    "go on with it by its own config, or choose another mirror"
+                )
+        holder, fence = mirror.claim()
+        lease.fence = max(lease.fence, fence)
+        if here and here[-1][0] not in there:
+            mirror.copy_whole(here[-1][1], [config.run_directory / QUARANTINE])
+    except (StorageError, OSError) as error:
+        words = f"checkpoint.mirror: {error}"
+        if not here:
+            raise RunFailed(words) from None
+        logger.warning("%s; going on with what is here", words)
+        return mirror.holder
+    return holder
+
+
+def run(
+    config: Config,
+    lease: Lease,
+    terminated: threading.Event,
+    mirror_holder: str = "",
+    plain: bool | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
     """Trains, with restarts, until the last step, in a directory that is prepared and on a Ray that is started.
 
-    `console` is where the live view is drawn (standard output when left out), `plain` asks for lines in its place.
+    `terminated` is set when it shall save and stop. `console` is where the live view is drawn (standard output when
+    left out), `plain` asks for lines in its place.
 
     Returns {"status": "finished", "restarts": ..., "seconds": ...} and what `TrainState` holds at the end; the status
-    is "preempted" where SIGTERM has asked it to save and stop. Raises ValueError for a user's mistake that only a
-    worker could see, RunFailed when the run cannot go on.
+    is "preempted" where it was told to stop. Raises ValueError for a user's mistake that only a worker could see,
+    RunFailed when the run cannot go on.
     """
     begin = time.monotonic()
     directory = config.run_directory
     restarts = Restarts(config.ray.max_failures, config.ray.max_repeats, config.ray.max_node_failures)
-    update_run(directory, status="running", pid=os.getpid(), failures=[])
+    tell_run(directory, status="running", pid=os.getpid(), failures=[])
     view = TerminalView(config.run.name, config.train.steps, console=console, plain=plain)
     view.start()
-    with terminating(config.ray.grace_seconds) as terminated:
-        try:
-            outcome = _attempts(config, lease, view, restarts, terminated)
-        except KeyboardInterrupt:
-            if not terminated.is_set():
-                update_run(directory, status="interrupted", message="interrupted by a signal")
-                raise
-            outcome = _ended_unsaved(config)  # the grace is over
-        except RunFailed as error:
-            update_run(directory, status="failed", message=str(error))
+    try:
+        outcome = _attempts(config, lease, view, restarts, terminated, mirror_holder)
+    except KeyboardInterrupt:
+        if not terminated.is_set():
+            tell_run(directory, status="interrupted", message="interrupted by a signal")
             raise
-        finally:
-            view.stop()
-    update_run(directory, **outcome)
+        outcome = _ended_as_asked(config)  # the grace is over
+    except Exception as error:
+        tell_run(directory, status="failed", message=str(error))
+        raise
+    finally:
+        view.stop()
+    tell_run(directory, **outcome)
     if outcome["status"] == "refused":
         raise ValueError(outcome["message"])
     if outcome["status"] not in ("finished", PREEMPTED):
@@ -103,7 +166,12 @@ def run(config: Config, lease: Lease, plain: bool | None = None, console: Consol
 
 
 def _attempts(
-    config: Config, lease: Lease, view: TerminalView, restarts: Restarts, terminated: threading.Event
+    config: Config,
+    lease: Lease,
+    view: TerminalView,
+    restarts: Restarts,
+    terminated: threading.Event,
+    mirror_holder: str,
 ) -> dict[str, Any]:
     """One group of ranks after another, until one ends by itself: its outcome. Raises RunFailed when there have been
     enough."""
@@ -112,8 +180,9 @@ def _attempts(
     while True:
         placed = _place(config, restarts, view, terminated)
         if placed is None:
-            return _ended_unsaved(config)
-        attempt = Attempt(lease.advance(), len(restarts.failures), hours=(time.monotonic() - begin) / 3600)
+            return _ended_as_asked(config)
+        hours = (time.monotonic() - begin) / 3600
+        attempt = Attempt(_advance(lease), len(restarts.failures), hours, mirror_holder)
         if failed is not None:
             attempt.phases["wait"] = time.monotonic() - failed
             failed = None
@@ -122,14 +191,14 @@ def _attempts(
         if outcome is not None and outcome["status"] != RESCALED:
             return outcome
         if terminated.is_set():
-            return _ended_unsaved(config)
+            return _ended_as_asked(config)
         if failure is None:
-            update_run(directory, status="restarting")
+            tell_run(directory, status="restarting")
             view.note("the cluster holds more ranks by now: they are started anew")
             continue
         failed = time.monotonic()
         restarts.add(failure)
-        update_run(directory, status="restarting", restarts=len(restarts.failures), failures=restarts.told())
+        tell_run(directory, status="restarting", restarts=len(restarts.failures), failures=restarts.told())
         reason = restarts.gives_up()
         if reason:
             samples = _samples_of(config, failure.step) if restarts.repeats > 1 else ""
@@ -202,11 +271,18 @@ def _wishes(config: Config, placed: _Placed, terminated: threading.Event) -> Cal
     return wish
 
 
-def _ended_unsaved(config: Config) -> dict[str, Any]:
-    """The outcome of a run that was told to end, and has saved nothing then."""
-    complete = complete_checkpoints(config.run_directory / CHECKPOINTS)
-    step = complete[-1][0] if complete else 0
-    return {"status": PREEMPTED, "message": f"ended as asked, before it could save: step {step} is the newest saved"}
+def _ended_as_asked(config: Config) -> dict[str, Any]:
+    """The outcome of a run that was told to end, and whose ranks have not said how that went."""
+    saved = usable_checkpoints(config.run_directory / CHECKPOINTS)
+    words = f"step {saved[-1][0]} is the newest that is saved" if saved else "nothing is saved yet"
+    return {"status": PREEMPTED, "message": f"ended as asked; {words}"}
+
+
+def _advance(lease: Lease) -> int:
+    try:
+        return lease.advance()
+    except OSError as error:
+        raise RunFailed(f"the run's lock cannot be written: {error}; make room, then resume") from error
 
 
 def _samples_of(config: Config, step: int | None) -> str:
@@ -220,6 +296,6 @@ def _samples_of(config: Config, step: int | None) -> str:
     except Exception as error:
         logger.warning("the samples of step %s cannot be told: %s", step, error)
         return ""
-    update_run(config.run_directory, failing_samples=names)
+    tell_run(config.run_directory, failing_samples=names)
     more = f" and {len(names) - 5} more (in run.json)" if len(names) > 5 else ""
     return f"; its batch holds {', '.join(names[:5])}{more}"

@@ -18,7 +18,8 @@ from symile_dist.health.attempt import Attempt
 from symile_dist.health.beat import signs_of_life
 from symile_dist.health.restarts import Failure
 from symile_dist.health.watchdog import flight_recorder, hang_of
-from symile_dist.run_directory import update_run
+from symile_dist.run_directory import tell_run
+from symile_dist.signals import handlers_kept
 from symile_dist.view.terminal import TerminalView
 
 
@@ -59,7 +60,7 @@ def run_group(
     settings = {
         "config": config.model_dump(mode="json"),
         "board": board,
-        "attempt": {name: getattr(attempt, name) for name in ("fence", "failures", "hours", "phases")},
+        "attempt": {name: getattr(attempt, name) for name in ("fence", "failures", "hours", "mirror_holder", "phases")},
         "began": time.time(),
         "failpoints": os.environ.get(FAILPOINTS),
     }
@@ -84,11 +85,11 @@ def run_group(
             worker_runtime_env={"env_vars": flight_recorder(config.run_directory, attempt.fence)} if use_gpu else None,
         ),
     )
-    update_run(config.run_directory, status="running", world_size=config.world_size)
+    tell_run(config.run_directory, status="running", world_size=config.world_size)
     error: Exception | None = None
     watcher = Watcher(board, view, config, wish)
     try:
-        with watcher:
+        with watcher, handlers_kept():
             try:
                 trainer.fit()
             except SystemExit:  # Ray Train's answer to SIGINT

@@ -56,6 +56,16 @@ def train_rank(
     """
     attempt, stop = attempt or Attempt(), stop or StopRequest()
 
+    now = -1
+
+    def sign(step: int) -> None:
+        nonlocal now
+        now = step
+        beat(step)
+
+    def alive() -> None:
+        beat(now)
+
     def done(phase: str) -> None:
         attempt.done(phase)
         beat(-1)
@@ -64,7 +74,12 @@ def train_rank(
     seed_everything(config.seed, rank)
     done("import")
     checkpoints = CheckpointManager(
-        config, attempt.fence, lambda: superseded(config.run_directory, attempt.fence), companions=[QUARANTINE]
+        config,
+        attempt.fence,
+        lambda: superseded(config.run_directory, attempt.fence),
+        companions=[QUARANTINE],
+        mirror_holder=attempt.mirror_holder,
+        alive=alive,
     )
     manifest = checkpoints.find()
     state = TrainState.from_manifest(manifest) if manifest else TrainState()
@@ -93,12 +108,12 @@ def train_rank(
         recorder.event(0, f"warm start: {len(engine.warm_started)} of {total} parameters from {source}")
     validator = Validator(config, engine) if config.data.validation else None
     interval = SaveInterval(config.checkpoint, config.world_size, time.monotonic(), attempt.failures, attempt.hours)
-    beat = _telling_the_first(beat, state.step, attempt, recorder)
+    tell = _telling_the_first(sign, state.step, attempt, recorder)
     _log_start(config, engine, manifest)
     try:
         while True:
             try:
-                return train(config, engine, loader, validator, checkpoints, recorder, state, interval, stop, beat)
+                return train(config, engine, loader, validator, checkpoints, recorder, state, interval, stop, tell)
             except RollBack as error:
                 rollback = error.with_traceback(None)  # it would keep the loader's processes alive
             manifest, state = _go_back(engine, checkpoints, recorder, state, rollback)
@@ -108,7 +123,7 @@ def train_rank(
             recorder.count_rollback()
             words = f"back to step {state.step}; steps {rollback.first} to {rollback.last} are left out"
             recorder.event(state.step, words, level="warning")
-            beat(state.step)
+            tell(state.step)
     finally:
         checkpoints.close()
 

@@ -10,6 +10,7 @@ health/           signs of life of all ranks ray/              Ray Train's own r
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from symile_dist.checkpoint.manifest import CHECKPOINTS, checkpoint_folders
 from symile_dist.config import Config, ConfigError, load_config
 from symile_dist.storage import read_json, write_json, write_text
 
+logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 RANKS_FILE = "ranks.json"
@@ -119,6 +121,14 @@ def update_run(directory: Path, **values: Any) -> None:
     content = read_run(directory)
     content.setdefault("created", time.time())
     write_json(directory / RUN_FILE, {**content, **values, "updated": time.time()})
+
+
+def tell_run(directory: Path, **values: Any) -> None:
+    """`update_run` of a run that is under way, which does not end because run.json cannot be written."""
+    try:
+        update_run(directory, **values)
+    except OSError as error:
+        logger.warning("%s: is out of date: %s", directory / RUN_FILE, error)
 
 
 def write_ranks(directory: Path, ranks: dict[int, dict[str, Any]]) -> None:

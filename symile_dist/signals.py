@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
+
+SAME_SECONDS = 0.5
+"""Signals that come within so long are one."""
 
 
 @contextlib.contextmanager
@@ -28,19 +33,41 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 @contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """What runs inside may set handlers of its own for SIGINT and SIGTERM, as Ray does, and leave them behind."""
+    with _handled_as_before(signal.SIGTERM, signal.SIGINT):
+        yield
+
+
+@contextlib.contextmanager
+def sigterm_blocked() -> Iterator[None]:
+    """Processes that are started inside are deaf to SIGTERM: `timeout`, systemd and Slurm send it to all of a job's,
+    and this one is to end them, once everything is saved."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def terminating(grace_seconds: float) -> Iterator[threading.Event]:
     """SIGTERM, which Slurm, Kubernetes and `timeout` send, sets the event: there is time to save. A second one, or the
-    end of the grace, raises KeyboardInterrupt."""
+    end of the grace, raises KeyboardInterrupt. (`timeout` sends it twice, to the process and to its group.)"""
     terminated = threading.Event()
-    over = threading.Timer(grace_seconds, os.kill, (os.getpid(), signal.SIGTERM))
-    over.daemon = True
+    ends_at = math.inf
 
     def ask(number: int, frame: object) -> None:
-        terminated.set()
-        signal.signal(signal.SIGTERM, _interrupt)
-        over.start()
+        nonlocal ends_at
+        if not terminated.is_set():
+            ends_at = time.monotonic() + min(SAME_SECONDS, grace_seconds)
+            terminated.set()
+            over.start()
+        elif time.monotonic() >= ends_at:
+            raise KeyboardInterrupt
 
-    # (SIGINT: Ray Train leaves a handler of its own behind.)
+    over = threading.Timer(grace_seconds, os.kill, (os.getpid(), signal.SIGTERM))
+    over.daemon = True
     with _handled_as_before(signal.SIGTERM, signal.SIGINT) as here:
         if here:
             signal.signal(signal.SIGTERM, ask)

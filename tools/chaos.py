@@ -5,6 +5,7 @@ The run must end as if nothing had happened; what is lost is time, and goodput i
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -13,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from symile_dist.health.beat import SignOfLife, is_here, signs_of_life
-from symile_dist.health.lease import current_fence
+from symile_dist.health.beat import SignOfLife, is_here, signs_of_life, started
+from symile_dist.health.lease import current_fence, is_held
 from symile_dist.metrics.history import HISTORY_FILE, read_history
 from symile_dist.run_directory import load_run, read_run
 
@@ -22,6 +23,7 @@ FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 """What may happen to a rank: it dies, or it stands still until the watchdog ends it."""
 ENDED = ("finished", "failed", "stopped", "refused", "interrupted", "preempted")
 POLL_SECONDS = 0.2
+PATIENCE_SECONDS = 60.0
 
 
 class Disturbance(NamedTuple):
@@ -51,11 +53,14 @@ def disturb(
     Returns what was done and the goodput: the seconds that the steps of the surviving history took, over those that
     have passed. Raises ValueError where the run does not train here, or for unknown faults.
     """
+    run = run.absolute()
     load_run(run)
     unknown = [fault for fault in faults if fault not in FAULTS]
     if unknown or not faults:
         raise ValueError(f"unknown fault '{', '.join(unknown)}'; there are {', '.join(FAULTS)}")
-    if not 0 < every[0] <= every[1]:
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"--seconds {seconds:g}: should be a number above 0")
+    if not 0 < every[0] <= every[1] < math.inf:
         raise ValueError(f"--kill-every {every[0]:g}-{every[1]:g}: should be two numbers of seconds, the smaller first")
     if not _ranks_here(run):
         raise ValueError(
@@ -65,14 +70,15 @@ def disturb(
     begin, begun_at = time.monotonic(), time.time()
     first_step = _last_step(run)
     done: list[Disturbance] = []
-    last = begin
-    while time.monotonic() - begin < seconds and not _has_ended(run):
+    last, end = begin, begin + seconds
+    while time.monotonic() < end and not _has_ended(run):
         pause = last + chance.uniform(*every)
-        while time.monotonic() < pause and not _has_ended(run):
-            time.sleep(POLL_SECONDS)
         ranks = _ranks_here(run)
-        if not ranks or _has_ended(run):
-            continue
+        while (time.monotonic() < pause or not ranks) and time.monotonic() < end and not _has_ended(run):
+            time.sleep(POLL_SECONDS)
+            ranks = _ranks_here(run)
+        if time.monotonic() >= end or not ranks or _has_ended(run):
+            break
         sign, fault = chance.choice(ranks), chance.choice(faults)
         at = last = time.monotonic()
         try:
@@ -80,7 +86,7 @@ def disturb(
         except ProcessLookupError:  # it has just ended by itself
             continue
         tell(f"{at - begin:.0f} s: {fault} of rank {sign.rank} in step {sign.step + 1}")
-        recovery = _recovered(run, sign)
+        recovery = _recovered(run, sign, end)
         done.append(Disturbance(at - begin, fault, sign.rank, sign.step + 1, recovery))
     passed = time.monotonic() - begin
     productive = _productive_seconds(run, first_step, begun_at)
@@ -101,10 +107,13 @@ def disturb(
 
 
 def _ranks_here(run: Path) -> list[SignOfLife]:
-    """Ranks of the present attempt that are in a step, by rank."""
+    """Ranks of the present attempt that are in a step, by rank; none where nobody holds the run: their process numbers
+    may be others' by now."""
+    if not is_held(run):
+        return []
     signs = signs_of_life(run, current_fence(run)).values()
     return sorted(
-        sign for sign in signs if is_here(sign.place) and sign.step >= 0 and Path(f"/proc/{sign.pid}").exists()
+        sign for sign in signs if is_here(sign.place) and sign.step >= 0 and sign.started == started(sign.pid)
     )
 
 
@@ -112,11 +121,12 @@ def _has_ended(run: Path) -> bool:
     return read_run(run).get("status") in ENDED
 
 
-def _recovered(run: Path, before: SignOfLife) -> float | None:
-    """Seconds until a rank of a later attempt is past its first step."""
+def _recovered(run: Path, before: SignOfLife, end: float) -> float | None:
+    """Seconds until a rank of a later attempt is past its first step; None where it is not `PATIENCE_SECONDS` after the
+    end of chaos."""
     begin = time.monotonic()
     first: int | None = None
-    while not _has_ended(run):
+    while not _has_ended(run) and time.monotonic() < end + PATIENCE_SECONDS:
         signs = signs_of_life(run, current_fence(run))
         fresh = [sign.step for sign in signs.values() if sign.fence > before.fence and sign.step >= 0]
         first = min(fresh) if first is None and fresh else first

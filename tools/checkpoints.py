@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from symile_dist import __version__
+from symile_dist.checkpoint.attempts import usable_checkpoints
 from symile_dist.checkpoint.manifest import (
     CHECKPOINTS,
     MANIFEST,
@@ -39,7 +40,7 @@ def find_checkpoint(config: Config, step: str) -> Path:
 
     Raises CheckpointError when it is not there, naming those that are.
     """
-    complete = dict(complete_checkpoints(config.run_directory / CHECKPOINTS))
+    complete = dict(usable_checkpoints(config.run_directory / CHECKPOINTS))
     if not complete:
         raise CheckpointError(f"{config.run_directory}: has no complete checkpoint yet")
     newest = max(complete)

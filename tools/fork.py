@@ -31,6 +31,11 @@ def fork(run: str | Path, new: str | Path, step: str = "latest") -> dict[str, An
     target = Path(new).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{new}: is there already and not empty; name another directory")
+    source = Path(run).absolute()
+    if source == target or source in target.parents:
+        raise ValueError(f"{new}: lies in the other run's directory; name another directory")
+    if target.is_symlink() or not target.parent.is_dir():
+        raise ValueError(f"{new}: its folder {target.parent} is not there, or it is a link; name another directory")
     config = load_run(run)
     folder = find_checkpoint(config, step)
     manifest = read_manifest(folder)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import symile_dist
+from symile_dist.checkpoint.attempts import left_behind, write_attempt
 from symile_dist.checkpoint.manifest import (
     CHECKPOINTS,
     MANIFEST,
@@ -42,7 +43,6 @@ from symile_dist.failpoints import failpoint
 from symile_dist.storage import error_words, read_json, sync_directory, write_json
 
 logger = logging.getLogger(__name__)
-ATTEMPTS = "attempts.json"
 CHANGED_BY_FORWARD = ("rng", "buffers")
 """Kinds of tensors that the next forward pass changes; all others stay as they are until the next update."""
 POLL_SECONDS = 0.02
@@ -90,18 +90,6 @@ def _set_rng_state(tensors: dict[str, Tensor], rest: list[Any]) -> None:
     random.setstate((version, tuple(tensors["python"].tolist()), gauss))
     if "cuda" in tensors and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(tensors["cuda"])
-
-
-def _attempts(directory: Path) -> list[list[int]]:
-    """[fence, step that it went on from] of the attempts so far; none where nobody can read them: they guard against
-    late commits alone."""
-    try:
-        return [[int(fence), int(step)] for fence, step in read_json(directory / ATTEMPTS)]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError) as error:
-        logger.warning("%s: not readable: %s", directory / ATTEMPTS, error)
-        return []
 
 
 def _remove(folder: Path) -> None:
@@ -238,6 +226,8 @@ class CheckpointManager:
         fence: int = 0,
         superseded: Callable[[], str | None] = lambda: None,
         companions: Sequence[str] = (),
+        mirror_holder: str = "",
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -245,7 +235,10 @@ class CheckpointManager:
             superseded: says why this process group may commit nothing more, once that is so.
             companions: files of the run's directory without which a checkpoint cannot be gone on from; they go to the
                 mirror with it.
+            mirror_holder: what `Mirror.claim` has said; nothing is copied there once another has claimed it.
+            alive: called now and then where waiting may take long.
         """
+        self.alive = alive
         self.companions = [config.run_directory / name for name in companions]
         self.config, self.fence, self.superseded = config, fence, superseded
         self.directory = config.run_directory / CHECKPOINTS
@@ -256,7 +249,9 @@ class CheckpointManager:
         self._ended: list[Saved] = []
         self._told = -1
         self._failures = 0
-        self._copies = Copies(Mirror(config), self.companions) if config.checkpoint.mirror else None
+        self._copies = (
+            Copies(Mirror(config, mirror_holder), self.companions, alive) if config.checkpoint.mirror else None
+        )
         self.damaged_files = 0
         """That `find` has come across."""
 
@@ -416,7 +411,7 @@ class CheckpointManager:
             bad = sorted({problem for part in gather_objects(found) for problem in part})
             if not bad:
                 assert manifest is not None
-                if broadcast_object(self._left_behind(manifest)):
+                if broadcast_object(left_behind(self.directory, manifest, before=self.fence)):
                     logger.warning("checkpoint %s is passed over: an attempt that was given up made it late", name)
                     continue
                 return manifest
@@ -455,47 +450,48 @@ class CheckpointManager:
         """Copies a checkpoint from the mirror; every rank a share of its files. Returns what went wrong."""
         assert self._copies is not None
         mirror = self._copies.mirror
-        folder, found = self.directory / folder_name(step), []
+        folder, problem = self.directory / folder_name(step), None
+        fetched = self.directory / f".fetched-{folder.name}"  # what is here, damaged or not, stays until that is whole
         manifest: Manifest | None = None
         if rank() == 0:
             try:
                 manifest = mirror.manifest(step)
-                _remove(folder)
-                folder.mkdir(parents=True, exist_ok=True)
+                if left_behind(self.directory, manifest, before=self.fence):
+                    raise CheckpointError("an attempt that was given up made it late")
+                shutil.rmtree(fetched, ignore_errors=True)
+                fetched.mkdir(parents=True)
             except Exception as error:
-                found = [f"mirror, step {step}: {error_words(error)}"]
-        manifest, found = broadcast_object((manifest, found))
-        if manifest is None:
-            return found
-        try:
-            for entry in manifest.files[rank() :: world_size()]:
-                mirror.fetch(step, entry, folder)
-        except Exception as error:
-            found = [f"mirror, step {step}: {error_words(error)}"]
-        problems = [problem for part in gather_objects(found) for problem in part]
-        if rank() == 0 and not problems:
-            for path in self.companions:
-                mirror.fetch_companion(step, path)
-            manifest.write(folder)
-            logger.warning("checkpoint of step %d was copied from %s", step, mirror.folder.url)
-        elif rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-        barrier()
-        return problems
+                manifest, problem = None, error_words(error)
+        manifest, problem = broadcast_object((manifest, problem))
+        if manifest is not None:
+            try:
+                for entry in manifest.files[rank() :: world_size()]:
+                    mirror.fetch(step, entry, fetched)
+                    self.alive()
+            except Exception as error:
+                problem = error_words(error)
+        problems = [each for each in gather_objects(problem) if each]
+        if manifest is not None and rank() == 0 and not problems:
+            try:
+                for path in self.companions:
+                    mirror.fetch_companion(step, path)
+                manifest.write(fetched)
+                _remove(folder)
+                fetched.rename(folder)
+                sync_directory(self.directory)
+                logger.warning("checkpoint of step %d was copied from %s", step, mirror.folder.url)
+            except OSError as error:
+                problems = [error_words(error)]
+        problems = broadcast_object(problems)
+        if rank() == 0 and problems:
+            shutil.rmtree(fetched, ignore_errors=True)
+        return [f"mirror, step {step}: {each}" for each in problems]
 
     def begin(self, step: int) -> None:
         """Writes down from which step this attempt goes on, 0 where there was no checkpoint: what a former attempt
         commits beyond it from now on comes too late."""
         if self.fence and rank() == 0:
-            # Those of a higher fence were made where this directory stood before it was moved or copied.
-            attempts = [each for each in _attempts(self.directory) if each[0] < self.fence]
-            write_json(self.directory / ATTEMPTS, [*attempts, [self.fence, step]][-1000:])
-
-    def _left_behind(self, manifest: Manifest) -> bool:
-        """Whether a later attempt has begun from before this checkpoint: it did not see it, so it was not there. Rank 0
-        is asked."""
-        attempts = _attempts(self.directory)
-        return any(self.fence > fence > manifest.fence and step < manifest.step for fence, step in attempts)
+            write_attempt(self.directory, self.fence, step)
 
     def give_up_after(self, step: int) -> None:
         """Removes the checkpoints of later steps: the run goes on from this one, and they hold what it goes back from.

@@ -11,11 +11,12 @@ import contextlib
 import json
 import logging
 import re
+import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from symile_dist.checkpoint.manifest import (
     MANIFEST,
@@ -41,34 +42,47 @@ _NAME = re.compile(r"step-(\d{8,})\.(.+)")
 class Mirror:
     """The folder that `checkpoint.mirror` names."""
 
-    def __init__(self, config: Config) -> None:
-        assert config.checkpoint.mirror is not None
-        self.run_name = config.run.name
-        self.folder = Folder(config.checkpoint.mirror, config.data.storage)
-
-    def claim(self, fresh: bool = False) -> int:
-        """Makes it this run's, and returns the highest fence under which anything was committed there.
-
-        Raises ValueError where it is another run's, where it cannot be written, and for `fresh` where it holds
-        checkpoints: what begins anew must not go on from these.
+    def __init__(self, config: Config, holder: str = "") -> None:
         """
-        url = self.folder.url
+        Args:
+            holder: what `claim` has said; where that is no longer so, nothing is written.
+        """
+        assert config.checkpoint.mirror is not None
+        self.config, self.holder = config, holder
+        self.folder = Folder(config.checkpoint.mirror, config.data.storage)
+        self.give_up_seconds = config.data.storage.give_up_seconds
+
+    def owner(self) -> dict[str, Any]:
+        """Whose it is: the run's name, its config, and who has claimed it last; empty where nobody has."""
         try:
-            if self.folder.path is not None:
-                self.folder.path.mkdir(parents=True, exist_ok=True)
-            self.folder.create(OWNER, json.dumps({"run": self.run_name}).encode())
-            owner = json.loads(self.folder.read(OWNER)).get("run")
-            steps = self.steps()
-            fences = [self.manifest(step).fence for step in steps]
-        except CheckpointError as error:
-            raise ValueError(f"checkpoint.mirror: {error}; remove it, or choose another folder") from None
-        except Exception as error:
-            raise ValueError(f"checkpoint.mirror: {url}: {error_words(error)}") from None
-        if owner != self.run_name:
-            raise ValueError(f"checkpoint.mirror: {url} is that of run '{owner}'; choose another folder")
-        if fresh and steps:
-            raise ValueError(f"checkpoint.mirror: {url} holds checkpoints of the old run; with --fresh choose another")
-        return max(fences, default=0)
+            owner = json.loads(self.folder.read(OWNER))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return owner if isinstance(owner, dict) else {}
+
+    def claim(self) -> tuple[str, int]:
+        """Takes it for this process's run: whoever had it before writes nothing more.
+
+        Returns the holder's name, and the highest fence under which anything was committed there. Raises ValueError
+        where it is another run's, StorageError or OSError where it cannot be written or does not answer.
+        """
+        if self.folder.path is not None:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+        owner = self.owner().get("run", self.config.run.name)
+        if owner != self.config.run.name:
+            raise ValueError(f"checkpoint.mirror: {self.folder.url} is that of run '{owner}'; choose another folder")
+        fences = [0]
+        for step in self.steps():
+            with contextlib.suppress(CheckpointError, FileNotFoundError):  # damaged: it is passed over
+                fences.append(self.manifest(step).fence)
+        self.holder = secrets.token_hex(8)
+        content = {"run": owner, "holder": self.holder, "config": self.config.model_dump(mode="json")}
+        self.folder.write(OWNER, json.dumps(content, indent=2).encode())
+        return self.holder, max(fences)
+
+    def _check_held(self) -> None:
+        if self.holder and self.owner().get("holder") != self.holder:
+            raise OSError(f"{self.folder.url}: another job has claimed it")
 
     def steps(self) -> list[int]:
         """Those that were committed, in order. Raises StorageError where the store does not answer."""
@@ -96,14 +110,20 @@ class Mirror:
     def commit(self, manifest: Manifest, folder: Path, cancelled: threading.Event) -> None:
         """Waits until all files of a checkpoint are there, and writes its manifest.
 
-        Raises OSError where another rank's file will not come, or a later attempt was there before.
+        Raises OSError where another rank's file will not come, or does not for `data.storage.give_up_seconds`; where
+        another job has claimed the mirror, or a later attempt was there before.
         """
+        deadline = time.monotonic() + self.give_up_seconds
         while True:
             names = self._names().get(manifest.step, {})
             if all(names.get(entry.path) == entry.size for entry in manifest.files):
                 break
             if cancelled.wait(POLL_SECONDS):
                 raise OSError(NOT_COPIED)
+            if time.monotonic() > deadline:
+                lacking = [entry.path for entry in manifest.files if names.get(entry.path) != entry.size]
+                raise OSError(f"{self.folder.url}: {', '.join(lacking[:3])} did not come in {self.give_up_seconds:g} s")
+        self._check_held()
         name, content = _name(manifest.step, MANIFEST), (folder / MANIFEST).read_bytes()
         if not self.folder.create(name, content):
             there = self.manifest(manifest.step)
@@ -111,8 +131,16 @@ class Mirror:
                 raise OSError(f"{self.folder / name}: is of a later attempt (fence {there.fence})")
             self.folder.write(name, content)  # of one that this run has gone back from
 
+    def copy_whole(self, folder: Path, companions: Sequence[Path] = ()) -> None:
+        """Copies a checkpoint by one process, its manifest last."""
+        manifest = read_manifest(folder)
+        for path in [folder / entry.path for entry in manifest.files] + [path for path in companions if path.exists()]:
+            self.put(manifest.step, path)
+        self.commit(manifest, folder, threading.Event())
+
     def keep(self, kept: set[int], newest: int) -> None:
         """Removes what is neither of a step that is kept, nor on its way."""
+        self._check_held()
         for step, names in self._names().items():
             if step not in kept and step <= newest:
                 for name in sorted(names, key=lambda name: name != MANIFEST):
@@ -170,7 +198,10 @@ class Copying(threading.Thread):
             if self.rank == 0:
                 self.mirror.commit(read_manifest(self.path.parent), self.path.parent, self.cancelled)
                 if self.kept is not None:
-                    self.mirror.keep(self.kept | {self.step}, self.step)
+                    try:
+                        self.mirror.keep(self.kept | {self.step}, self.step)
+                    except Exception as error:  # it is there; the next one tries again
+                        logger.warning("%s: not pruned: %s", self.mirror.folder.url, error_words(error))
         except Exception as error:
             self.problem = error_words(error)
         finally:
@@ -193,12 +224,13 @@ class Copies:
     While one is under way others go by, so that a slow store holds up nobody.
     """
 
-    def __init__(self, mirror: Mirror, companions: Sequence[Path]) -> None:
+    def __init__(self, mirror: Mirror, companions: Sequence[Path], alive: Callable[[], None] = lambda: None) -> None:
         """
         Args:
             companions: files of the run's directory without which a checkpoint cannot be gone on from.
+            alive: called now and then while it waits.
         """
-        self.mirror, self.companions = mirror, companions
+        self.mirror, self.companions, self.alive = mirror, companions, alive
         self.under_way: Copying | None = None
         self._passed_by: tuple[int, Path] | None = None
         self._ended: list[Mirrored] = []
@@ -241,10 +273,10 @@ class Copies:
         # What comes of another rank's problem is told last.
         problems = sorted((problem for *_, problem in states if problem), key=lambda problem: NOT_COPIED in problem)
         problem = next(iter(problems), None)
-        if not all(copied for copied, *_ in states) or not (states[0][1] or problem):
+        if problem:
+            copying.cancelled.set()  # rank 0 may wait for a file that will not come
+        if not all(copied for copied, *_ in states) or not states[0][1]:
             return False
-        copying.cancelled.set()  # rank 0 may wait for a file that will not come
-        copying.join()
         self._ended.append(Mirrored(copying.step, copying.seconds, problem))
         self.under_way = None
         return True
@@ -252,10 +284,13 @@ class Copies:
     def _wait(self) -> None:
         if self.under_way is None:
             return
-        self.under_way.copied.wait()
+        while not self.under_way.copied.wait(POLL_SECONDS):
+            self.alive()
         if any(gather_objects(self.under_way.problem)):
             self.under_way.cancelled.set()
-        self.under_way.join()
+        while self.under_way.is_alive():
+            self.under_way.join(POLL_SECONDS)
+            self.alive()
         barrier()
         assert self._is_free()
 

@@ -18,6 +18,8 @@ class Attempt:
     """Of the groups before it, since the driver began."""
     hours: float = 0.0
     """Since the driver began."""
+    mirror_holder: str = ""
+    """What the driver's claim of the mirror has said."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of the phases of its start that are over; see START_PHASES."""
     _since: float = field(default_factory=time.perf_counter)

@@ -20,6 +20,8 @@ class SignOfLife(NamedTuple):
     fence: int
     """Of the attempt that the rank belongs to."""
     pid: int
+    started: int
+    """When its process was, by `started`: its number may be another's by now."""
     place: str
     """Host and node that it runs on: see `place_of`."""
     step: int
@@ -38,6 +40,14 @@ def is_here(place: str) -> bool:
     return place.rpartition("-")[0] == socket.gethostname()
 
 
+def started(pid: int) -> int:
+    """When a process was started, in the kernel's ticks; 0 where there is none, or no /proc."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 class Beat:
     """One rank's sign of life."""
 
@@ -45,7 +55,7 @@ class Beat:
         folder = run_directory / HEALTH
         folder.mkdir(parents=True, exist_ok=True)
         self._file = os.open(folder / f"rank-{rank:05d}{_SUFFIX}", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._fixed = f"{rank} {fence} {os.getpid()} {place}"
+        self._fixed = f"{rank} {fence} {os.getpid()} {started(os.getpid())} {place}"
         self._count = 0
         self(-1)
 
@@ -59,8 +69,8 @@ def signs_of_life(run_directory: Path, fence: int) -> dict[int, SignOfLife]:
     found = {}
     for path in (run_directory / HEALTH).glob(f"*{_SUFFIX}"):
         try:
-            rank, of, pid, place, step, count = path.read_text().split()
-            sign = SignOfLife(int(rank), int(of), int(pid), place, int(step), int(count))
+            rank, of, pid, ticks, place, step, count = path.read_text().split()
+            sign = SignOfLife(int(rank), int(of), int(pid), int(ticks), place, int(step), int(count))
         except (OSError, ValueError):  # in the midst of being written: the next look will do
             continue
         if sign.fence == fence:

@@ -38,6 +38,18 @@ def current_fence(directory: Path) -> int:
     return int(_read(lease_file(directory)).get("fence", 0))
 
 
+def is_held(directory: Path) -> bool:
+    """Whether a process of this machine holds it."""
+    try:
+        with open(lease_file(directory)) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def superseded(directory: Path, fence: int) -> str | None:
     """Why whoever was started under a fence may commit nothing more; None while it may."""
     now = current_fence(directory)

@@ -68,6 +68,15 @@ def watch(run_directory: Path, fence: int, place: str, hang_seconds: float, pare
 
 
 def _end(run_directory: Path, fence: int, place: str, ranks: list[SignOfLife], hang_seconds: float) -> None:
+    try:
+        _tell(run_directory, fence, place, ranks, hang_seconds)
+    finally:  # a full disk, say, which may be what they hang in
+        for sign in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(sign.pid, signal.SIGKILL)
+
+
+def _tell(run_directory: Path, fence: int, place: str, ranks: list[SignOfLife], hang_seconds: float) -> None:
     ranks = sorted(ranks)
     first = min(sign.step for sign in ranks)
     behind = [str(sign.rank) for sign in ranks if sign.step == first]
@@ -83,9 +92,6 @@ def _end(run_directory: Path, fence: int, place: str, ranks: list[SignOfLife], h
     which = f" (behind: rank {', '.join(behind)})" if len(behind) < len(ranks) else ""
     words = f"no step was finished for {hang_seconds:g} s on {place}{which}; stacks in {stacks}"
     (run_directory / HEALTH / f"hang-{fence:06d}-{place}.txt").write_text(words)
-    for sign in ranks:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(sign.pid, signal.SIGKILL)
 
 
 def _ask_for_flight_record(pipe: Path) -> bool:

@@ -51,6 +51,27 @@ def test_what_cannot_be_disturbed_is_told(
         disturb(run, every, 1, faults=faults)
 
 
+@pytest.mark.parametrize("seconds", [0, -5, float("nan"), float("inf")])
+def test_seconds_are_a_number(run: Path, seconds: float) -> None:
+    with pytest.raises(ValueError, match="--seconds"):
+        disturb(run, (1, 2), seconds)
+
+
+def test_it_kills_nobody_whose_number_a_dead_run_has_left(run: Path) -> None:
+    with locked(run):
+        Beat(run, 0, 1, place_of("node"))(10)  # this process's number, in a run that nobody holds any more
+    with pytest.raises(ValueError, match="no rank of it trains"):
+        disturb(run, (0.01, 0.02), 1)
+
+
+def test_it_ends_in_time(run: Path) -> None:
+    with locked(run) as lease:
+        Beat(run, 0, lease.fence, place_of("node"))(10)
+        begin = time.monotonic()
+        assert disturb(run, (8, 9), 0.5)["disturbances"] == []
+    assert time.monotonic() - begin < 5
+
+
 def test_it_kills_a_rank_and_counts_each_surviving_step_once(run: Path) -> None:
     history(run, *range(1, 11), step_seconds=0.5)  # before chaos began: does not count
     code = (

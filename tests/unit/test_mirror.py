@@ -14,6 +14,7 @@ from symile_dist.checkpoint.manager import CheckpointManager
 from symile_dist.checkpoint.manifest import CheckpointError
 from symile_dist.checkpoint.mirror import Mirror
 from symile_dist.config import Config, parse_config
+from symile_dist.errors import StorageError
 from tests.s3 import Bucket, FaultProxy, at_random
 from tests.unit.test_checkpoint_manager import TEXT, Model, save, steps
 
@@ -69,7 +70,7 @@ def test_a_lost_run_directory_comes_back_through_a_store_that_fails_now_and_then
         assert kept(bucket) == [15, 20], "pruned like the disk"
         shutil.rmtree(config.run_directory)
         again = Model()
-        assert Mirror(config).claim() == 4, "the fence goes on from the mirror's"
+        assert Mirror(config).claim()[1] == 4, "the fence goes on from the mirror's"
         manager = CheckpointManager(config, fence=5)
         manifest = manager.find()
         assert manifest and manifest.step == 20
@@ -118,7 +119,7 @@ def test_a_store_that_does_not_answer_costs_no_training_and_is_told(make: Make, 
         shutil.rmtree(config.run_directory)
         with pytest.raises(CheckpointError, match="the mirror does not say whether it has"):
             CheckpointManager(config).find()
-        with pytest.raises(ValueError, match=r"checkpoint\.mirror: .*no answer from"):
+        with pytest.raises(StorageError, match="no answer from"):
             Mirror(config).claim()
         proxy.fault = lambda number, method, path: None
         found = CheckpointManager(config).find()
@@ -167,21 +168,87 @@ def test_going_back_goes_back_there_too(make: Make, bucket: Bucket) -> None:
     assert manifest and manifest.step == 5
 
 
-def test_a_mirror_is_one_runs_and_says_so(make: Make, bucket: Bucket) -> None:
+def test_a_mirror_is_one_runs_and_of_one_job_at_a_time(make: Make, bucket: Bucket) -> None:
     config = make()
-    assert Mirror(config).claim() == 0
-    assert json.loads(bucket.client.get_object(Bucket=bucket.name, Key="mirror/owner.json")["Body"].read()) == {
-        "run": "tiny"
-    }
+    holder, fence = Mirror(config).claim()
+    assert fence == 0
+    owner = json.loads(bucket.client.get_object(Bucket=bucket.name, Key="mirror/owner.json")["Body"].read())
+    assert (owner["run"], owner["holder"]) == ("tiny", holder)
     with pytest.raises(ValueError, match="is that of run 'tiny'; choose another folder"):
         Mirror(make("run.name=other")).claim()
+    with pytest.raises(FileNotFoundError):
+        Mirror(make("checkpoint.mirror=s3://no-such-bucket-here/x")).claim()
+    former, model = CheckpointManager(config, fence=1, mirror_holder=holder), Model()
+    save(former, model, 5)
+    finish_copying(former)
+    # Another directory, whose job claims it: what the former one still commits is its own directory's alone.
+    holder, fence = Mirror(make(run="second")).claim()
+    assert fence == 1
+    later = CheckpointManager(make(run="second"), fence=2, mirror_holder=holder)
+    assert later.find()
+    save(later, model, 10, 12)
+    later.finish()
+    save(former, model, 15)
+    former.finish()
+    assert "another job has claimed it" in str(former.news_of_mirror()[-1].problem)
+    assert Mirror(make()).steps()[-1] == 12, "the former job has pruned the later one's"
+
+
+def test_a_damaged_manifest_there_stops_nobody(make: Make, bucket: Bucket) -> None:
+    config = make()
     manager = CheckpointManager(config)
     save(manager, Model(), 5)
     manager.finish()
-    with pytest.raises(ValueError, match="holds checkpoints of the old run; with --fresh choose another"):
-        Mirror(config).claim(fresh=True)
-    with pytest.raises(ValueError, match=r"checkpoint\.mirror: s3://no-such-bucket-here"):
-        Mirror(make("checkpoint.mirror=s3://no-such-bucket-here/x")).claim()
+    bucket.put("mirror/step-00000099.manifest.json", b"{")
+    assert Mirror(config).claim()[1] == 0
+    manifest = CheckpointManager(config).find()
+    assert manifest and manifest.step == 5
+
+
+def test_what_does_not_come_is_not_waited_for_for_ever(make: Make, bucket: Bucket) -> None:
+    config = make("data.storage.give_up_seconds=1")
+    manager = CheckpointManager(config)
+    signs: list[int] = []
+    assert manager._copies is not None
+    manager._copies.alive = lambda: signs.append(1)
+    manager._copies.mirror.put = lambda step, path: None  # type: ignore[method-assign]  # as if another removed it
+    save(manager, Model(), 5)
+    manager.finish()
+    (copied,) = manager.news_of_mirror()
+    assert "did not come in 1 s" in str(copied.problem) and signs
+
+
+def test_what_cannot_be_fetched_leaves_what_is_here(
+    make: Make, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make()
+    manager = CheckpointManager(config)
+    save(manager, Model(), 5, 10)
+    manager.finish()
+    folder = config.run_directory / "checkpoints" / "step-00000010"
+    file = next(folder.glob("*.safetensors"))
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    second = CheckpointManager(config)
+    assert second._copies is not None
+    monkeypatch.setattr(second._copies.mirror, "fetch", lambda *arguments: (_ for _ in ()).throw(OSError("broken off")))
+    manifest = second.find()
+    assert manifest and manifest.step == 5 and file.read_bytes() == content[:-1]
+    file.write_bytes(content)  # it was the disk's passing fault
+    manifest = CheckpointManager(config).find()
+    assert manifest and manifest.step == 10
+
+
+@pytest.mark.parametrize("value", ["", "s3:/b/x", "s3//b/x", "s3://", "pipe://x"])
+def test_a_mirror_that_is_no_folder_is_a_mistake(make: Make, value: str) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint\.mirror"):
+        make(f"checkpoint.mirror={json.dumps(value)}")
+
+
+def test_a_mirror_lies_elsewhere(make: Make, tmp_path: Path) -> None:
+    for place in ("run", "run/mirror", "."):
+        with pytest.raises(ValueError, match="lie in another"):
+            make(f"checkpoint.mirror={tmp_path / place}")
 
 
 def test_what_a_checkpoint_needs_beside_itself_goes_along(make: Make, bucket: Bucket) -> None:
