@@ -579,7 +579,7 @@ def build_parser() -> argparse.ArgumentParser:
         "fork",
         _fork,
         "A new run that begins where another stood at one of its checkpoints; the other is left as it is.",
-        "symile-dist fork runs/demo-symile runs/colder --step 400\n  symile-dist resume runs/colder optimizer.lr=1e-4",
+        "symile-dist fork runs/demo-symile runs/colder --step 400",
     )
     fork.add_argument("run", metavar="RUN", help="directory of the run that there is")
     fork.add_argument("new", metavar="NEW", help="directory of the new one; its name becomes the run's")

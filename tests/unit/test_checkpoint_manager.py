@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from symile_dist.checkpoint.attempts import usable_checkpoints
 from symile_dist.checkpoint.manager import CheckpointManager
 from symile_dist.checkpoint.manifest import complete_checkpoints
 from symile_dist.checkpoint.shard import HostCopy
@@ -119,6 +120,8 @@ def test_a_commit_that_came_too_late_is_passed_over(config: Config) -> None:
     third = CheckpointManager(config, fence=3)
     manifest = third.find()
     assert manifest and manifest.step == 5, "the later attempt went on from 5 and never saw 10"
+    directory = config.run_directory / "checkpoints"
+    assert [step for step, _ in usable_checkpoints(directory)] == [5], "tools would take what the run does not"
     third.begin(5)
     save(third, model, 10)
     manifest = CheckpointManager(config, fence=4).find()

@@ -9,6 +9,7 @@ import pytest
 
 from symile_dist.cluster import Node, fitted
 from symile_dist.config import Config
+from symile_dist.run_directory import tell_run
 
 MakeConfig = Callable[..., Config]
 
@@ -56,3 +57,14 @@ def test_too_few_are_refused(
 def test_more_than_all_is_a_mistake(make_config: MakeConfig) -> None:
     with pytest.raises(ValueError, match=r"ray.min_workers: 9 is more than ray.num_workers = 8"):
         config_of(make_config, "ray.num_workers=8", "ray.min_workers=9")
+
+
+def test_a_run_does_not_end_because_its_status_cannot_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("symile_dist.run_directory.write_json", full)
+    tell_run(tmp_path, status="restarting")
+    assert "is out of date: " in caplog.text and "No space left" in caplog.text

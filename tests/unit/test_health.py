@@ -21,6 +21,7 @@ from symile_dist.health import lease as lease_module
 from symile_dist.health.beat import Beat, signs_of_life
 from symile_dist.health.lease import current_fence, lease_file, locked, superseded
 from symile_dist.health.restarts import LONGEST_WAIT, Failure, Restarts
+from symile_dist.health.watchdog import watch
 
 # -- lease -----------------------------------------------------------------------------------------------------------
 
@@ -116,6 +117,22 @@ def test_signs_of_life_are_those_of_one_attempt(tmp_path: Path) -> None:
         1: (-1, 1, os.getpid()),
     }
     assert signs_of_life(tmp_path, 6) == {}
+
+
+def test_a_watchdog_that_cannot_write_kills_nevertheless(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom symile_dist.health.beat import Beat\n"
+        "Beat(Path(sys.argv[1]), 0, 1, 'here-0')(3)\nprint('up', flush=True)\ntime.sleep(60)"
+    )
+    rank = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert rank.stdout and rank.stdout.readline() == "up\n"
+        (tmp_path / "logs").write_text("no folder can be here")
+        with pytest.raises(OSError):
+            watch(tmp_path, 1, "here-0", hang_seconds=0.1, parent=os.getppid())
+        assert rank.wait(10) == -signal.SIGKILL
+    finally:
+        rank.kill()
 
 
 # -- restarts ----------------------------------------------------------------------------------------------------------
