@@ -112,6 +112,9 @@ def _failure(config: Config, fence: int, error: Exception | None, ranks: dict[in
     failures: dict[int, Exception] = getattr(error, "worker_failures", None) or {}
     died = {rank: each for rank, each in failures.items() if isinstance(each, WorkerHealthCheckFailedError)}
     rank, cause_of = next(iter(sorted((died or failures).items())), (None, error))
+    # Of a lost node it is often the others that tell first, of a connection that broke.
+    lost = _lost(ranks)
+    rank = min(lost) if lost and rank not in lost else rank
     node = ranks.get(rank, {}).get("node") if rank is not None else None
     beats = signs_of_life(config.run_directory, fence)
     steps = [beats[rank].step] if rank in beats else [beat.step for beat in beats.values()]
@@ -122,7 +125,7 @@ def _failure(config: Config, fence: int, error: Exception | None, ranks: dict[in
     elif isinstance(cause_of, ray.exceptions.OutOfMemoryError) or (not died and "out of memory" in str(cause_of)):
         # (What Ray says of any actor that died mentions the possibility.)
         cause, message = "out_of_memory", f"rank {rank} ran out of memory"
-    elif node and died and _is_lost(node):
+    elif rank in lost:
         cause, message = "node_lost", f"the node of rank {rank} is lost"
     elif died:
         cause, message = "rank_lost", f"rank {rank} was lost"
@@ -135,11 +138,16 @@ def _failure(config: Config, fence: int, error: Exception | None, ranks: dict[in
     return Failure(cause, message, step if step >= 0 else None, rank, node, complete[-1][0] if complete else 0)
 
 
-def _is_lost(node: str) -> bool:
+def _lost(ranks: dict[int, dict[str, Any]]) -> set[int]:
+    """Those whose nodes do not answer any more; with one node there is none to answer for it."""
+    nodes = {rank: told["node"] for rank, told in ranks.items()}
+    if len(set(nodes.values())) <= 1:
+        return set()
     try:
-        return node not in {each.id for each in answering_nodes()}
+        answering = {each.id for each in answering_nodes()}
     except Exception:  # the cluster itself is gone: the next attempt will tell
-        return True
+        return set()
+    return {rank for rank, node in nodes.items() if node not in answering}
 
 
 def _cause(error: BaseException | None) -> str:

@@ -149,11 +149,12 @@ def free_ports(count: int) -> int:
 
 @pytest.mark.slow
 def test_a_killed_driver_leaves_nothing_behind_and_the_same_command_goes_on(
-    undisturbed: Config, make_config: MakeConfig, config_file: Path
+    undisturbed: Config, make_config: MakeConfig, config_file: Path, tmp_path: Path
 ) -> None:
-    config = make_config(*SHORT, name="driverless")
+    slow = [*SHORT, recorded(tmp_path / "seen", pause=0.2)]
+    config = make_config(*slow, name="driverless")
     ports = f"metrics.port={free_ports(2)}"
-    arguments = [*SHORT, ports, "run.name=driverless", f"run.directory={config.run_directory}"]
+    arguments = [*slow, ports, "run.name=driverless", f"run.directory={config.run_directory}"]
     process = start(config_file, *arguments)
     try:
         wait_for_step(process, config.run_directory / "history.jsonl", 15)
