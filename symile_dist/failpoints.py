@@ -52,7 +52,8 @@ def _do(action: str, at: str) -> None:
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "stop":
-        os.kill(os.getpid(), signal.SIGSTOP)
+        # To this thread: any other that took the signal would let this one go on for a few instructions.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
     elif action == "hang":
         ctypes.PyDLL(None).sleep(3600)  # PyDLL keeps the GIL: no thread of this process goes on
     elif action == "raise":
