@@ -57,12 +57,16 @@ def _train_until_done(config: Any, options: argparse.Namespace, resume: bool) ->
 def _train(options: argparse.Namespace) -> int:
     from symile_dist.config import load_config
 
-    return _train_until_done(load_config(options.config, options.overrides).config, options, resume=False)
+    return _train_until_done(load_config(options.config, options.overrides).config, options, options.resume)
 
 
 def _resume(options: argparse.Namespace) -> int:
+    from symile_dist.launch.arguments import resume_elsewhere
     from symile_dist.run_directory import load_run
 
+    elsewhere = resume_elsewhere(options, _print_result)
+    if elsewhere is not None:
+        return elsewhere
     return _train_until_done(load_run(options.run, options.overrides), options, resume=True)
 
 
@@ -549,6 +553,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example:\n  symile-dist demo\n  symile-dist train configs/demo.yaml train.steps=100",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    from symile_dist.launch.arguments import add_commands, size_arguments
+
     parser.add_argument("--version", action="version", version=f"symile-dist {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -561,7 +567,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _config_arguments(train)
     _run_arguments(train)
-    train.add_argument("--fresh", action="store_true", help="begin anew: move an earlier run's directory aside")
+    begun = train.add_mutually_exclusive_group()
+    begun.add_argument("--fresh", action="store_true", help="begin anew: move an earlier run's directory aside")
+    begun.add_argument("--resume", action="store_true", help="go on with an earlier run, though its config was another")
 
     resume = _command(
         commands,
@@ -570,9 +578,14 @@ def build_parser() -> argparse.ArgumentParser:
         "Go on with a run from its newest complete checkpoint.",
         "symile-dist resume runs/demo-symile train.steps=1200",
     )
-    resume.add_argument("run", metavar="RUN", help="the run's directory")
+    resume.add_argument("run", metavar="RUN", help="a run's name or directory")
     resume.add_argument("overrides", metavar="key=value", nargs="*", help="changes to its config")
     _run_arguments(resume)
+    resume.add_argument("--on", metavar="BACKEND", help="`here`, or as of `submit` (default: where the run was)")
+    resume.add_argument("--wait", action="store_true", help="where it was submitted: follow the job to its end")
+    size_arguments(resume, nodes=None)
+
+    add_commands(commands, _command, _print_result)
 
     fork = _command(
         commands,

@@ -8,17 +8,20 @@ import math
 import os
 import secrets
 import socket
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from symile_dist.config import Config
 from symile_dist.data.order import largest_world_size
+from symile_dist.environment import expected_nodes
 from symile_dist.signals import handlers_kept, sigterm_blocked
 
 logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 10.0
 """A node that runs no task within so long counts as lost."""
+POLL_SECONDS = 0.5
 RAY_ENVIRONMENT = {
     # Lost workers are seen, and the group restarted, in a second rather than in ten.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -38,9 +41,15 @@ class Node(NamedTuple):
 def start_ray(config: Config) -> None:
     """Joins the cluster that RAY_ADDRESS names, or starts a local Ray. A second call finds the first one's.
 
-    Raises ValueError when the cluster cannot hold the run: Ray itself would wait for ever.
+    Where a launcher has said that more nodes are coming it waits for them, ray.wait_for_nodes_seconds at most. Raises
+    ValueError when the cluster cannot hold the run: Ray itself would wait for ever.
     """
-    fitted(config, join_ray(config.ray.cpus_per_worker * config.world_size))
+    nodes = join_ray(config.ray.cpus_per_worker * config.world_size)
+    deadline = time.monotonic() + config.ray.wait_for_nodes_seconds
+    while len(nodes) < expected_nodes() and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+        nodes = living_nodes()
+    fitted(config, nodes)
 
 
 def fitted(config: Config, nodes: Sequence[Node]) -> Config:

@@ -21,6 +21,7 @@ from symile_dist.cluster import answering_nodes, fitted, living_nodes, ranks_hel
 from symile_dist.config import Config
 from symile_dist.data.loader import open_training
 from symile_dist.data.quarantine import QUARANTINE
+from symile_dist.environment import take_secrets
 from symile_dist.errors import RunFailed, StorageError
 from symile_dist.group import run_group
 from symile_dist.health.attempt import Attempt
@@ -69,6 +70,7 @@ def _launch(
     console: Console | None,
     terminated: threading.Event,
 ) -> dict[str, Any]:
+    take_secrets()
     directory = config.run_directory
     for warning in preflight(config, fresh)[:5]:
         logger.warning("%s", warning)

@@ -5,6 +5,7 @@ checkpoints/      see checkpoint/manifest    ranks.json        pid, host and met
 history.jsonl     see metrics/history        tensorboard/      the same for TensorBoard
 logs/             one file per rank          evaluation/       results of `symile-dist evaluate`
 health/           signs of life of all ranks ray/              Ray Train's own records
+jobs/             one folder per submission, see launch/
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from typing import Any
 import symile_dist
 from symile_dist.checkpoint.manifest import CHECKPOINTS, checkpoint_folders
 from symile_dist.config import Config, ConfigError, load_config
+from symile_dist.environment import launch_record
 from symile_dist.storage import read_json, write_json, write_text
 
 logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 RANKS_FILE = "ranks.json"
+SUBMITTED = {RUN_FILE, "jobs"}
+"""What the directory of a run holds whose job has not begun."""
 
 
 def load_run(directory: str | Path, overrides: list[str] | None = None) -> Config:
@@ -49,7 +53,7 @@ def check(config: Config, fresh: bool, resume: bool) -> None:
         raise ValueError(f"{directory}: cannot be written: {there} is not a folder that this user may write to")
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory}: is a file, not a folder; choose another run.directory")
-    if not directory.exists() or not any(directory.iterdir()):
+    if not directory.exists() or not {path.name for path in directory.iterdir()} - SUBMITTED:
         return
     if not (directory / CONFIG_FILE).exists():
         raise ValueError(f"{directory}: is not empty and not a run directory; choose another run.directory")
@@ -93,6 +97,7 @@ def prepare(config: Config, fresh: bool, resume: bool) -> bool:
                 lineage = [*lineage, {"changed": changed, "time": time.time()}]
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / CONFIG_FILE, config.to_yaml())
+        submitted = launch_record()
         update_run(
             directory,
             name=config.run.name,
@@ -101,6 +106,7 @@ def prepare(config: Config, fresh: bool, resume: bool) -> bool:
             config_digest=config.digest(),
             code_version=symile_dist.__version__,
             lineage=lineage,
+            **({"launch": submitted} if submitted else {}),
         )
     except OSError as error:
         raise ValueError(f"{directory}: cannot be written: {error.strerror or error}") from None

@@ -53,7 +53,8 @@ def sigterm_blocked() -> Iterator[None]:
 @contextlib.contextmanager
 def terminating(grace_seconds: float) -> Iterator[threading.Event]:
     """SIGTERM, which Slurm, Kubernetes and `timeout` send, sets the event: there is time to save. A second one, or the
-    end of the grace, raises KeyboardInterrupt. (`timeout` sends it twice, to the process and to its group.)"""
+    end of the grace, raises KeyboardInterrupt. (`timeout` sends it twice, to the process and to its group.) SIGUSR1
+    does the same: Slurm's srun passes it on, and not SIGTERM."""
     terminated = threading.Event()
     ends_at = math.inf
 
@@ -68,9 +69,10 @@ def terminating(grace_seconds: float) -> Iterator[threading.Event]:
 
     over = threading.Timer(grace_seconds, os.kill, (os.getpid(), signal.SIGTERM))
     over.daemon = True
-    with _handled_as_before(signal.SIGTERM, signal.SIGINT) as here:
+    with _handled_as_before(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as here:
         if here:
             signal.signal(signal.SIGTERM, ask)
+            signal.signal(signal.SIGUSR1, ask)
         try:
             yield terminated
         finally:

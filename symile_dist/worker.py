@@ -15,6 +15,7 @@ import ray.train.torch
 import torch
 
 from symile_dist.config import Config
+from symile_dist.environment import take_secrets
 from symile_dist.errors import RunPreempted, RunStopped
 from symile_dist.failpoints import VARIABLE as FAILPOINTS
 from symile_dist.health.attempt import Attempt
@@ -34,6 +35,7 @@ def run_worker(settings: dict[str, Any]) -> None:
     A mistake of the user or a run that cannot go on is told to the driver, and no restart goes on from it; anything
     else raises, and the driver restarts the group.
     """
+    take_secrets()
     config = Config.model_validate(settings["config"])
     board, attempt = settings["board"], Attempt(**settings["attempt"])
     # By the clocks of two machines, perhaps: a figure for people, on which nothing depends.

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 # From the bottom up. Names are those after `symile_dist.`; a package
 # stands for all of its modules, which may import each other. Names on one line do not.
 LAYERS: list[set[str]] = [
-    {"errors", "registry", "seeding", "configs", "failpoints", "signals"},
+    {"errors", "registry", "seeding", "configs", "environment", "failpoints", "signals"},
     {"config", "types", "similarity"},
     {"distributed", "storage", "hub"},
     {"metrics"},

@@ -1,0 +1,265 @@
+"""submit, status, logs, stop, list: what the command line does with a run, wherever it lives."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from symile_dist.config import Config, load_config
+from symile_dist.health.lease import is_held, lease_file
+from symile_dist.launch.job import ENDED, Job, JobStatus, backend_named, minutes_of, sizes
+from symile_dist.launch.profiles import Profile, profile_named
+from symile_dist.launch.records import new_id, record_of, records, remember
+from symile_dist.run_directory import check, load_run, read_run
+from symile_dist.storage import write_text
+
+WAIT_SECONDS = 2.0
+
+
+def job_of(
+    config: Config, options: argparse.Namespace, profile: Profile, workers_given: bool, resume: bool
+) -> tuple[list[str], Job]:
+    """The overrides that the nodes mean, and the job without them."""
+    overrides, gpus, cpus = sizes(config, options.nodes, options.gpus_per_node, options.cpus_per_node, workers_given)
+    config = config.with_absolute_paths()
+    minutes = minutes_of(options.time) if options.time else None
+    return overrides, Job(config, options.nodes, gpus, cpus, profile, new_id(config.run_directory), minutes, resume)
+
+
+def prepared(options: argparse.Namespace) -> tuple[str, Job]:
+    """(backend, job) of `submit`. Raises ValueError for whatever is wrong with them."""
+    profile = profile_named(options.profile)
+    backend = options.on or profile.backend
+    if not backend:
+        raise ValueError("--on: where to? local, ray, kuberay or slurm (or a profile that says it)")
+    backend_named(backend)
+    given = list(options.overrides) + ([f"run.name={json.dumps(options.name)}"] if options.name else [])
+    workers_given = any(override.startswith("ray.num_workers=") for override in given)
+    # The nodes give the ranks: what the file says of them need not fit the batch.
+    config = load_config(
+        options.config, given if workers_given or not options.gpus_per_node else [*given, _ranks(options)]
+    )
+    overrides, job = job_of(config.config, options, profile, workers_given, resume=False)
+    if overrides:
+        config = load_config(options.config, [*given, *overrides])
+        job = job_of(config.config, options, profile, True, resume=False)[1]
+    return backend, job
+
+
+def _ranks(options: argparse.Namespace) -> str:
+    return f"ray.num_workers={max(1, options.nodes) * max(1, options.gpus_per_node)}"
+
+
+def resubmitted(options: argparse.Namespace, record: dict[str, Any]) -> tuple[str, Job]:
+    """(backend, job) of `resume` on the machines on which a run was before."""
+    config = load_run(record["run"], options.overrides)
+    before = record.get("job_sizes") or {}
+    profile = profile_named(record.get("profile"))
+    for name in ("nodes", "gpus_per_node", "cpus_per_node", "time"):
+        if getattr(options, name, None) is None:
+            setattr(options, name, before.get(name))
+    options.nodes = options.nodes or 1
+    return record["backend"], job_of(config, options, profile, True, resume=True)[1]
+
+
+def backend_text(backend_name: str, job: Job) -> str:
+    """What `submit` would submit."""
+    return backend_named(backend_name).render(job)
+
+
+def submit(backend_name: str, job: Job, options: argparse.Namespace) -> dict[str, Any]:
+    """Checks everything, then submits. Returns the record. Raises ValueError before anything is written."""
+    backend = backend_named(backend_name)
+    directory = job.config.run_directory
+    if directory.exists():
+        check(job.config, fresh=False, resume=job.resume)
+        _refuse_second(directory)
+    _before_submission(job)
+    backend.check(job)
+    job.folder.mkdir(parents=True)
+    write_text(job.folder / "config.yaml", job.config.to_yaml())
+    handle = backend.submit(job)
+    return remember(
+        job,
+        backend_name,
+        handle,
+        profile=getattr(options, "profile", None),
+        job_sizes={
+            "nodes": job.nodes,
+            "gpus_per_node": job.gpus_per_node,
+            "cpus_per_node": job.cpus_per_node,
+            "time": str(job.minutes) if job.minutes else None,
+        },
+    )
+
+
+def _before_submission(job: Job) -> None:
+    directory = job.config.run_directory
+    there = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"run.directory: {there} is not a folder that this user may write to")
+
+
+def _refuse_second(directory: Path) -> None:
+    """Raises ValueError where a job of the run is queued or under way."""
+    record = record_of(str(directory))
+    if record["backend"]:
+        status = status_of(record)
+        if status.state in ("queued", "running"):
+            raise ValueError(
+                f"{directory}: its job is {status.state} ({status.detail}); `symile-dist stop {directory}` first"
+            )
+    elif is_held(directory):
+        raise ValueError(f"{directory}: a process of this machine trains it; stop it first")
+
+
+def status_of(record: dict[str, Any]) -> JobStatus:
+    """What the backend says; of a run that was not submitted, what its directory says."""
+    if record["backend"]:
+        return backend_named(record["backend"]).status(record["handle"])
+    directory = Path(record["run"])
+    told = read_run(directory).get("status", "unknown")
+    if is_held(directory):
+        return JobStatus("running", None, f"process {_holder(directory).get('process')} on this machine")
+    states: dict[str, Any] = {"finished": "finished", "preempted": "stopped", "interrupted": "stopped"}
+    state = states.get(told, "lost" if told in ("running", "restarting", "starting") else "failed")
+    return JobStatus(state, None, "not submitted: trained by `symile-dist train`")
+
+
+def _holder(directory: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(lease_file(directory).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def status(run: str) -> dict[str, Any]:
+    """Everything that is known of a run: its job, and how far it is."""
+    record = record_of(run)
+    found = status_of(record)
+    directory = Path(record["run"])
+    known = read_run(directory)
+    told: dict[str, Any] = {"name": record["name"], "run": record["run"], "on": record["backend"], **asdict(found)}
+    told["job"] = record.get("job")
+    for key in ("status", "message", "step", "restarts", "best_step", "best_value"):
+        if key in known:
+            told[f"run_{key}" if key in ("status", "message") else key] = known[key]
+    progress = _last_step(directory / "history.jsonl")
+    if progress:
+        told |= {key: progress[key] for key in ("step", "loss", "samples_per_second") if key in progress}
+    return told
+
+
+def _last_step(history: Path) -> dict[str, Any]:
+    """The newest record of training."""
+    try:
+        with open(history, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 65536))
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and record.get("kind") == "train":
+            return record
+    return {}
+
+
+def format_status(told: dict[str, Any]) -> str:
+    code = f", exit code {told['exit_code']}" if told["exit_code"] is not None else ""
+    lines = [f"{told['name']}: {told['state']}{code}", f"  where        {told['on'] or 'here'}: {told['detail']}"]
+    if told.get("step") is not None:
+        loss = f", loss {told['loss']:.4f}" if isinstance(told.get("loss"), float) else ""
+        lines.append(f"  step         {told['step']}{loss}")
+    if told.get("restarts"):
+        lines.append(f"  restarts     {told['restarts']}")
+    if told.get("run_message"):
+        lines.append(f"  message      {told['run_message']}")
+    return "\n".join([*lines, f"  directory    {told['run']}"])
+
+
+def list_runs() -> list[dict[str, Any]]:
+    """A row per run. A backend that cannot be asked is told in the row."""
+    rows = []
+    for record in records():
+        try:
+            found = status_of(record)
+        except ValueError as error:
+            found = JobStatus("unknown", None, str(error).splitlines()[0])
+        step = _last_step(Path(record["run"]) / "history.jsonl").get("step")
+        row = {"name": record["name"], "on": record["backend"], "state": found.state, "exit_code": found.exit_code}
+        rows.append({**row, "step": step, "submitted": record.get("submitted"), "run": record["run"]})
+    return rows
+
+
+def runs_table(rows: list[dict[str, Any]]) -> Any:
+    if not rows:
+        return "no runs yet: symile-dist train CONFIG, or submit CONFIG --on ..."
+    table = Table(box=None)
+    for column in ("name", "on", "state", "step", "submitted", "directory"):
+        table.add_column(column)
+    for row in rows:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["submitted"])) if row["submitted"] else ""
+        step = "" if row["step"] is None else str(row["step"])
+        table.add_row(row["name"], row["on"] or "here", row["state"], step, when, row["run"])
+    return table
+
+
+def logs(run: str, follow: bool, rank: int | None) -> Iterator[str]:
+    """What a run's job, or one of its ranks, has written. Raises ValueError where that is not to be seen from here."""
+    from symile_dist.launch.processes import pieces_of
+
+    record = record_of(run)
+    ended: Callable[[], bool] = lambda: status_of(record).state in ENDED  # noqa: E731
+    if rank is None and record["backend"]:
+        return backend_named(record["backend"]).logs(record["handle"], follow)
+    if rank is None:
+        raise ValueError(f"{run}: was not submitted, its words went to its terminal; --rank R has those of a rank")
+    path = Path(record["run"]) / "logs" / f"rank-{rank:05d}.log"
+    if not path.exists() and not (follow and path.parent.parent.is_dir()):
+        there = sorted(int(file.stem[5:]) for file in path.parent.glob("rank-*.log")) if path.parent.is_dir() else []
+        raise ValueError(f"{path}: not to be seen from here{f'; there are ranks {there}' if there else ''}")
+    return pieces_of(path, follow, ended)
+
+
+def stop(run: str, now: bool) -> str:
+    """Returns what was done, in words. Raises ValueError where there is nothing to stop."""
+    record = record_of(run)
+    found = status_of(record)
+    if found.state in ENDED:
+        raise ValueError(f"{record['name']}: has ended already ({found.state})")
+    if record["backend"]:
+        backend_named(record["backend"]).stop(record["handle"], now)
+    else:
+        import signal
+
+        os.kill(int(_holder(Path(record["run"]))["process"]), signal.SIGINT if now else signal.SIGTERM)
+    return f"{record['name']}: {'ended' if now else 'asked to save and stop'}"
+
+
+def wait(record: dict[str, Any], show: bool) -> int:
+    """Waits for a job, with its words if they are to be shown; returns its exit code."""
+    backend = backend_named(record["backend"])
+    if show:
+        for piece in backend.logs(record["handle"], follow=True):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    while (found := backend.status(record["handle"])).state not in ENDED:
+        time.sleep(WAIT_SECONDS)
+    if found.exit_code is not None:
+        return found.exit_code
+    return {"finished": 0, "stopped": 75}.get(found.state, 1)

@@ -1,0 +1,117 @@
+"""Children, and theirs, to the last of them; and what a job has printed."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+POLL_SECONDS = 0.2
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans() -> None:
+    """Grandchildren whose parents have ended become children of this process (Linux): `end_descendants` finds them."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_descendants(seconds: float = 5.0) -> None:
+    """Ends every descendant of this process: asked first, killed after so many seconds."""
+    me = psutil.Process()
+    asked: set[int] = set()
+    deadline = time.monotonic() + seconds
+    while living := [child for child in me.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]:
+        late = time.monotonic() > deadline
+        for child in living:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if late:
+                    child.kill()
+                elif child.pid not in asked:
+                    asked.add(child.pid)
+                    child.terminate()
+        psutil.wait_procs(living, timeout=POLL_SECONDS)
+
+
+def identity(pid: int) -> dict[str, float]:
+    """What tells a process from a later one of the same number."""
+    return {"pid": pid, "started": psutil.Process(pid).create_time()}
+
+
+def found(who: dict[str, float]) -> psutil.Process | None:
+    """The process, if it still runs on this machine."""
+    try:
+        process = psutil.Process(int(who["pid"]))
+        if abs(process.create_time() - who["started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    except psutil.NoSuchProcess:
+        pass
+    return None
+
+
+def output_of(arguments: list[str], what: str, text: str | None = None, seconds: float = 60) -> str:
+    """Standard output of a command. Raises ValueError, with what the command said, where it fails."""
+    try:
+        done = subprocess.run(arguments, input=text, capture_output=True, text=True, timeout=seconds, check=False)
+    except FileNotFoundError:
+        raise ValueError(f"{what}: the command {arguments[0]} is not here") from None
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{what}: {arguments[0]} does not answer within {seconds:g} s") from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
+        raise ValueError(f"{what}: {arguments[0]}: {said}")
+    return done.stdout
+
+
+def pieces_of(path: Path, follow: bool, ended: Callable[[], bool]) -> Iterator[str]:
+    """What a file holds, and with `follow` what is added to it until `ended`."""
+    last = not follow
+    while not path.exists():
+        if last:
+            return
+        last = ended()
+        time.sleep(POLL_SECONDS)
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        while True:
+            piece = file.read(65536)
+            if piece:
+                yield piece
+            elif last:
+                return
+            else:
+                last = ended()  # what was written until then is read once more
+                time.sleep(0 if last else POLL_SECONDS)
+
+
+def ends_with_parent(process: subprocess.Popen[bytes], asked_to_end: Callable[[], bool]) -> int | None:
+    """Waits for a child; None where this process was asked to end, or its own parent has gone, before the child did."""
+    parent = os.getppid()
+    while process.poll() is None:
+        if asked_to_end() or os.getppid() != parent:
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(POLL_SECONDS)
+    return process.returncode
+
+
+class Asked:
+    """Remembers that the process was asked to end, by SIGTERM or SIGINT; ignores SIGUSR1, which is the driver's."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.is_set = True
+
+    def __call__(self) -> bool:
+        return self.is_set

@@ -1,0 +1,105 @@
+"""Where a run lives: found by its name or its directory.
+
+A job's record is job.json in its folder, RUN/jobs/ID; run.json holds the newest. A run whose directory this machine
+does not see is known by a copy in the user's state folder (~/.local/state/symile-dist/runs).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from symile_dist.launch.job import Job
+from symile_dist.run_directory import CONFIG_FILE, RUN_FILE, read_run, update_run
+from symile_dist.storage import read_json, write_json
+
+JOBS = "jobs"
+JOB_FILE = "job.json"
+
+
+def state_folder() -> Path:
+    """Of this user: records, and what a job's machines tell each other. All nodes see it where they share the home."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "symile-dist"
+
+
+def new_id(directory: Path) -> str:
+    """For a submission: by time, so that the newest sorts last."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    names = [stamp, *(f"{stamp}-{number}" for number in range(2, 100))]
+    return next(name for name in names if not (directory / JOBS / name).exists())
+
+
+def remember(job: Job, backend: str, handle: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Writes down where a job has gone, and what else is to be known of it. Returns the record."""
+    record = {
+        "name": job.name,
+        "run": str(job.config.run_directory),
+        "job": job.id,
+        "backend": backend,
+        "submitted": time.time(),
+        "handle": handle,
+        **more,
+    }
+    index = state_folder() / "runs" / _index_name(job.config.run_directory)
+    index.parent.mkdir(parents=True, exist_ok=True)
+    write_json(index, record)
+    if job.folder.is_dir():
+        write_json(job.folder / JOB_FILE, record)
+        update_run(job.config.run_directory, name=job.name, launch=record)
+    return record
+
+
+def _index_name(directory: Path) -> str:
+    return f"{directory.name}-{hashlib.sha256(str(directory).encode()).hexdigest()[:12]}.json"
+
+
+def record_of(run: str) -> dict[str, Any]:
+    """The newest record of a run that is named, or whose directory is named.
+
+    A run that was not submitted has a record without a backend. Raises ValueError where there is no such run, or where
+    several runs have the name.
+    """
+    for directory in (Path(run), Path("runs") / run):
+        if (directory / RUN_FILE).exists() or (directory / CONFIG_FILE).exists():
+            directory = directory.resolve()
+            known = read_run(directory).get("launch")
+            if isinstance(known, dict) and "backend" in known:
+                return {**known, "run": str(directory)}
+            return {"name": directory.name, "run": str(directory), "backend": None, "handle": {}}
+    named = [record for record in records() if record["name"] == run or record["run"] == str(Path(run).absolute())]
+    if not named:
+        raise ValueError(f"{run}: no run of that name or directory is known; `symile-dist list` has those that are")
+    if len(named) > 1:
+        raise ValueError(f"{run}: several runs are called so; name a directory: {', '.join(r['run'] for r in named)}")
+    directory = Path(named[0]["run"])
+    newer = read_run(directory).get("launch") if directory.is_dir() else None
+    return {**newer, "run": str(directory)} if isinstance(newer, dict) and "backend" in newer else named[0]
+
+
+def records() -> list[dict[str, Any]]:
+    """All runs that this user has submitted from here, the newest first; and those under runs/."""
+    found: dict[str, dict[str, Any]] = {}
+    folder = state_folder() / "runs"
+    for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            record = read_json(file)
+            found[record["run"]] = record
+    for file in Path("runs").glob(f"*/{RUN_FILE}"):
+        directory = file.parent.resolve()
+        record = read_run(directory).get("launch")
+        if isinstance(record, dict) and "backend" in record:
+            found[str(directory)] = {**record, "run": str(directory)}
+        elif str(directory) not in found:
+            created = read_run(directory).get("created", 0.0)
+            found[str(directory)] = {
+                "name": directory.name,
+                "run": str(directory),
+                "backend": None,
+                "handle": {},
+                "submitted": created,
+            }
+    return sorted(found.values(), key=lambda record: -float(record.get("submitted", 0)))

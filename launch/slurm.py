@@ -1,0 +1,194 @@
+"""Slurm: a batch script whose steps are the nodes of a Ray cluster and the driver."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from symile_dist.launch.environment import plain_environment, refuse_references, taken_from_here
+from symile_dist.launch.job import Job, JobStatus, State
+from symile_dist.launch.local import OUTPUT, exit_code_of, state_of
+from symile_dist.launch.processes import output_of, pieces_of
+from symile_dist.launch.records import state_folder
+from symile_dist.storage import write_text
+
+SCRIPT = "job.sh"
+STATES: dict[str, State] = {
+    "PENDING": "queued",
+    "REQUEUED": "queued",
+    "REQUEUE_HOLD": "queued",
+    "SPECIAL_EXIT": "queued",
+    "CONFIGURING": "queued",
+    "RUNNING": "running",
+    "COMPLETING": "running",
+    "SUSPENDED": "running",
+    "STOPPED": "running",
+    "COMPLETED": "finished",
+    "CANCELLED": "stopped",
+    "PREEMPTED": "stopped",
+    "FAILED": "failed",
+    "TIMEOUT": "failed",
+    "NODE_FAIL": "failed",
+    "OUT_OF_MEMORY": "failed",
+    "BOOT_FAIL": "failed",
+    "DEADLINE": "failed",
+}
+
+
+def script_of(job: Job) -> str:
+    """The batch script."""
+    slurm, quote = job.profile.slurm, shlex.quote
+    folder, state = quote(str(job.folder)), quote(str(state_folder()))
+    directives = {
+        "job-name": job.name,
+        "output": str(job.folder / OUTPUT),
+        "open-mode": "append",
+        "nodes": str(job.nodes),
+        "ntasks-per-node": "1",
+        "cpus-per-task": str(job.cpus_per_node),
+        "signal": f"B:USR1@{slurm.grace_seconds}",
+        "time": str(job.minutes) if job.minutes else None,
+        "account": slurm.account,
+        "partition": slurm.partition,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "reservation": slurm.reservation,
+    }
+    if job.gpus_per_node:
+        gres = slurm.gpu_option == "gres"
+        directives[slurm.gpu_option] = f"gpu:{job.gpus_per_node}" if gres else str(job.gpus_per_node)
+    lines = [f"#SBATCH --{name}={_directive(name, value)}" for name, value in directives.items() if value is not None]
+    # A lost node costs ranks, not the job.
+    lines += ["#SBATCH --no-kill", f"#SBATCH --{'requeue' if slurm.requeue else 'no-requeue'}"]
+    lines += ["#SBATCH --exclusive"] if slurm.exclusive else []
+    exports = [f"export {name}={quote(value)}" for name, value in plain_environment(job).items()]
+    exports += [
+        f'export {name}="${{{where[4:]}}}"' for name, where in job.profile.secrets.items() if where.startswith("env:")
+    ]
+    modules = [f"module load {quote(module)}" for module in slurm.modules]
+    srun, inside = _containers(job)
+    arguments = shlex.join([f"--cpus={job.cpus_per_node}", f"--gpus={job.gpus_per_node}"])
+    common = shlex.join(["srun", "--overlap", "--no-kill", "--kill-on-bad-exit=0", "--export=ALL", *srun])
+    steps = f'on_head=({common} --nodes=1 --ntasks=1 --nodelist="${{hosts[0]}}"{inside})'
+    python = job.profile.python or ("python3" if slurm.container else sys.executable)
+    node = shlex.join([python, "-m", "symile_dist.launch.ray_node"])
+    workers = ""
+    if job.nodes > 1:
+        others = f'{common} --nodes={job.nodes - 1} --ntasks={job.nodes - 1} --exclude="${{hosts[0]}}"{inside}'
+        workers = f"""(trap '' USR1; exec {others} {node} worker --folder "$meeting" {arguments}) &\n"""
+    driver = [python, "-m", "symile_dist", *job.train_arguments(str(job.folder / "config.yaml"))]
+    template = Template(files("symile_dist.launch").joinpath("templates/slurm.sh").read_text(encoding="utf-8"))
+    return template.substitute(
+        directives="\n".join(lines),
+        environment="\n".join([*exports, *modules]),
+        folder=folder,
+        state=state,
+        requeue="1" if slurm.requeue else "",
+        steps=steps,
+        node=node,
+        workers=workers.rstrip("\n"),
+        sizes=arguments,
+        driver_command=shlex.join(driver),
+    )
+
+
+def _directive(name: str, value: str) -> str:
+    """sbatch splits a directive at spaces and knows quotes."""
+    if any(character in value for character in "\n\r\"'\\"):
+        raise ValueError(f"sbatch --{name}={value!r}: quotes, backslashes and line ends cannot stand there")
+    return f'"{value}"' if " " in value else value
+
+
+def _containers(job: Job) -> tuple[list[str], str]:
+    """(options of srun, what stands before the command) for the profile's container."""
+    slurm = job.profile.slurm
+    if not slurm.container:
+        return [], ""
+    always = [str(job.config.run_directory), str(state_folder())]
+    mounts = [part if ":" in part else f"{part}:{part}" for part in [*always, *slurm.container_mounts]]
+    if slurm.container_runtime == "pyxis":
+        return [f"--container-image={slurm.container}", f"--container-mounts={','.join(mounts)}"], ""
+    gpus = ["--nv"] if job.gpus_per_node else []
+    return [], " " + shlex.join(["apptainer", "exec", *gpus, "--bind", ",".join(mounts), slurm.container])
+
+
+class SlurmBackend:
+    """See `job.Backend`."""
+
+    def check(self, job: Job) -> None:
+        refuse_references(job, "secret")
+        taken_from_here(job)
+        if not shutil.which("sbatch"):
+            raise ValueError("--on slurm: the command sbatch is not here; submit from one of the cluster's login nodes")
+        script = script_of(job)
+        output_of(["sbatch", "--test-only"], "--on slurm: the cluster would not take the job", script)
+
+    def render(self, job: Job) -> str:
+        return script_of(job)
+
+    def submit(self, job: Job) -> dict[str, Any]:
+        os.environ.update(taken_from_here(job))
+        state_folder().mkdir(parents=True, exist_ok=True)
+        write_text(job.folder / SCRIPT, script_of(job))
+        number, _, cluster = (
+            output_of(["sbatch", "--parsable", str(job.folder / SCRIPT)], "--on slurm").strip().partition(";")
+        )
+        return {"id": number, "folder": str(job.folder)} | ({"cluster": cluster} if cluster else {})
+
+    def status(self, handle: dict[str, Any]) -> JobStatus:
+        kept = exit_code_of(Path(handle["folder"]))
+        try:
+            text = output_of(["scontrol", "show", "job", "--oneliner", *_cluster(handle), handle["id"]], "slurm")
+        except ValueError as error:
+            if kept is not None:  # Slurm forgets a job minutes after its end
+                return JobStatus(state_of(kept), kept, f"job {handle['id']}")
+            if "Invalid job id" not in str(error):
+                raise
+            return self._accounted(handle)
+        told = dict(pair.split("=", 1) for pair in text.split() if "=" in pair)
+        state = STATES.get(told.get("JobState", ""), "unknown")
+        code = (
+            int(told.get("ExitCode", "0:0").partition(":")[0]) if state in ("finished", "failed", "stopped") else None
+        )
+        if state == "failed" and code == 75:
+            state = "stopped"
+        facts = {"id": handle["id"], "nodes": told.get("NodeList", ""), "restarts": int(told.get("Restarts", 0))}
+        words = [f"job {handle['id']}", told.get("JobState", "?").lower()]
+        if told.get("Reason", "None") != "None":
+            words.append(told["Reason"])
+        if told.get("NodeList", "(null)") != "(null)":
+            words.append(f"on {told['NodeList']}")
+        return JobStatus(state, code, ", ".join(words), facts)
+
+    def _accounted(self, handle: dict[str, Any]) -> JobStatus:
+        """Of a job that only Slurm's accounting knows, where there is one."""
+        arguments = ["sacct", "-n", "-X", "-P", "-o", "State,ExitCode", *_cluster(handle), "-j", handle["id"]]
+        try:
+            state, _, code = output_of(arguments, "slurm").strip().partition("|")
+        except ValueError:
+            state, code = "", ""
+        words = re.match(r"[A-Z_]*", state)
+        known = STATES.get(words[0] if words else "", "lost")
+        number = int(code.partition(":")[0]) if code else None
+        return JobStatus(known, number, f"job {handle['id']}, which Slurm no longer knows")
+
+    def logs(self, handle: dict[str, Any], follow: bool) -> Iterator[str]:
+        output = Path(handle["folder"]) / OUTPUT
+        return pieces_of(output, follow, lambda: self.status(handle).state not in ("queued", "running"))
+
+    def stop(self, handle: dict[str, Any], now: bool) -> None:
+        waits = self.status(handle).state == "queued"
+        how = [] if now or waits else ["--batch", "--signal=TERM"]
+        output_of(["scancel", *how, *_cluster(handle), handle["id"]], "slurm")
+
+
+def _cluster(handle: dict[str, Any]) -> list[str]:
+    return [f"--clusters={handle['cluster']}"] if "cluster" in handle else []

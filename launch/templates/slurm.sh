@@ -1,0 +1,45 @@
+#!/bin/bash
+$directives
+
+# The head of a Ray cluster, its other nodes and the driver are steps of this job. The driver's exit code is the job's.
+# SIGUSR1, before the time is over or by `scancel --signal=USR1`: save, and queue the job again.
+# SIGTERM to this script (`symile-dist stop`): save and end.
+umask 077
+$environment
+rm -f $folder/exit_code
+meeting=$state/slurm/$$SLURM_JOB_ID-$${SLURM_RESTART_COUNT:-0}
+mkdir -p "$$meeting"
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$$meeting/token"
+od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > "$$meeting/token"
+
+signalled= preempted= stopped= driver=
+pass_on() { signalled=1; [ -z "$$driver" ] || kill -USR1 "$$driver"; }  # srun would take SIGTERM for its own
+trap 'preempted=1; pass_on' USR1
+trap 'stopped=1; pass_on' TERM
+
+ended() {
+    rm -rf "$$meeting"
+    if [ -z "$$stopped" ] && [ -n "$requeue" ] && { [ "$$1" = 75 ] || { [ -n "$$preempted" ] && [ "$$1" != 0 ]; }; }; then
+        echo "the job is queued again; it goes on from its newest checkpoint"
+        scontrol requeue "$$SLURM_JOB_ID" && sleep 60
+    fi
+    echo "$$1" > $folder/exit_code
+    exit "$$1"
+}
+
+mapfile -t hosts < <(scontrol show hostnames "$$SLURM_JOB_NODELIST")
+$steps
+(trap '' USR1; exec "$${on_head[@]}" $node head --folder "$$meeting" --toward "$${hosts[1]:-}" $sizes) &
+head=$$!
+$workers
+until [ -s "$$meeting/address" ]; do
+    kill -0 "$$head" 2> /dev/null || { echo "Ray's head has not started"; ended 1; }
+    [ -z "$$signalled" ] || ended 75
+    sleep 0.5
+done
+export RAY_ADDRESS=$$(cat "$$meeting/address")
+"$${on_head[@]}" $driver_command &
+driver=$$!
+[ -z "$$signalled" ] || pass_on
+while signalled= && wait "$$driver"; code=$$?; [ -n "$$signalled" ]; do :; done
+ended "$$code"
