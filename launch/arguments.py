@@ -10,12 +10,15 @@ from typing import Any
 from symile_dist.launch import BACKENDS
 
 Print = Callable[[argparse.Namespace, Any, Callable[[], Any]], int]
+Check = Callable[[Any, str], None]
+"""Of a config, for a backend: raises ValueError for what would fail at once."""
 
 
-def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser], show: Print) -> None:
+def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser], show: Print, examine: Check) -> None:
     """Adds submit, status, logs, stop and list.
 
     Args:
+        examine: is asked before every submission.
         command: makes one, as `cli._command`.
         show: prints a result as text or as JSON, as `cli._print_result`.
     """
@@ -31,7 +34,7 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser],
                 with open(options.output, "w", encoding="utf-8") as file:
                     file.write(text)
             return show(options, {"on": backend, "text": text}, lambda: options.output or text.rstrip("\n"))
-        return _told(options, submit_job(backend, job, options), show)
+        return _told(options, submit_job(backend, job, options, examine), show)
 
     def status(options: argparse.Namespace) -> int:
         from symile_dist.launch.command import format_status
@@ -122,7 +125,7 @@ def size_arguments(parser: argparse.ArgumentParser, nodes: int | None = 1) -> No
     parser.add_argument("--time", metavar="T", help="limit: minutes, HH:MM:SS or D-HH:MM:SS")
 
 
-def resume_elsewhere(options: argparse.Namespace, show: Print) -> int | None:
+def resume_elsewhere(options: argparse.Namespace, show: Print, examine: Check) -> int | None:
     """`resume` of a run that was submitted goes where it was; None for one to be trained here."""
     from symile_dist.launch.command import resubmitted, submit
     from symile_dist.launch.records import record_of
@@ -133,7 +136,7 @@ def resume_elsewhere(options: argparse.Namespace, show: Print) -> int | None:
         options.run = record["run"]
         return None
     found, job = resubmitted(options, record | {"backend": backend})
-    return _told(options, submit(found, job, options), show)
+    return _told(options, submit(found, job, options, examine), show)
 
 
 def _told(options: argparse.Namespace, record: dict[str, Any], show: Print) -> int:

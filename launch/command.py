@@ -76,8 +76,14 @@ def backend_text(backend_name: str, job: Job) -> str:
     return backend_named(backend_name).render(job)
 
 
-def submit(backend_name: str, job: Job, options: argparse.Namespace) -> dict[str, Any]:
-    """Checks everything, then submits. Returns the record. Raises ValueError before anything is written."""
+def submit(
+    backend_name: str, job: Job, options: argparse.Namespace, examine: Callable[[Config, str], None]
+) -> dict[str, Any]:
+    """Checks everything, then submits. Returns the record. Raises ValueError before anything is written.
+
+    Args:
+        examine: raises ValueError where the config would fail at once on the backend of that name.
+    """
     backend = backend_named(backend_name)
     directory = job.config.run_directory
     if directory.exists():
@@ -85,6 +91,7 @@ def submit(backend_name: str, job: Job, options: argparse.Namespace) -> dict[str
         _refuse_second(directory)
     _before_submission(job)
     backend.check(job)
+    examine(job.config, backend_name)
     job.folder.mkdir(parents=True)
     write_text(job.folder / "config.yaml", job.config.to_yaml())
     handle = backend.submit(job)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from symile_dist.config import Section
 from symile_dist.registry import suggestion
@@ -75,12 +75,24 @@ class Toleration(Section):
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     """Of the taint; any when left out."""
 
+    @model_validator(mode="after")
+    def _as_kubernetes_takes_it(self) -> Self:
+        if self.operator == "Exists" and self.value is not None:
+            raise ValueError("operator: Exists compares no value; write operator: Equal")
+        if self.operator == "Equal" and self.key is None:
+            raise ValueError("operator: Equal needs the taint's key")
+        return self
+
 
 class Claim(Section):
     claim: str
     """Name of a PersistentVolumeClaim; the one that holds run directories has to allow ReadWriteMany."""
     path: Annotated[str, Field(pattern=r"^/")]
     """Where it is mounted, in all pods."""
+
+
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?([EPTGMK]i|[EPTGMkm])?$")]
+"""As Kubernetes writes amounts: 64Gi, 500M, 2."""
 
 
 class KubeRayProfile(Section):
@@ -94,22 +106,32 @@ class KubeRayProfile(Section):
     """Names of secrets."""
     service_account: str | None = None
     """Of all pods."""
+    user_id: Annotated[int, Field(gt=0)] | None = 1000
+    """User and group that all pods run as, and that shared volumes belong to; None: as the image says."""
     node_selector: dict[str, str] = Field(default_factory=dict)
     """Of the worker pods."""
     tolerations: list[Toleration] = Field(default_factory=list)
     """Of the worker pods."""
     volumes: list[Claim] = Field(default_factory=list)
     """Shared volumes; run.directory has to stand on one."""
-    shared_memory: str = "16Gi"
-    """Size of /dev/shm in the worker pods."""
-    memory_per_node: str = "64Gi"
+    shared_memory: Quantity = "16Gi"
+    """Size of /dev/shm in the worker pods; a part of their memory."""
+    memory_per_node: Quantity = "64Gi"
     """Request and limit of a worker pod."""
     gpu_resource: str = "nvidia.com/gpu"
     """What the cluster calls its GPUs."""
+    extra_resources: dict[str, int | Quantity] = Field(default_factory=dict)
+    """What else a worker pod asks for: `vpc.amazonaws.com/efa: 4`, `rdma/hca: 1`, `hugepages-2Mi: 5120Mi`."""
+    capabilities: list[str] = Field(default_factory=list)
+    """Linux capabilities of the worker pods; InfiniBand and EFA pin memory, which needs IPC_LOCK."""
+    head_cpus: Annotated[int, Field(gt=0)] = 2
+    """CPUs of the head pod: it runs the driver, and no ranks."""
+    head_memory: Quantity = "8Gi"
+    """Memory of the head pod."""
     gang: Literal["none", "kueue", "volcano", "yunikorn"] = "none"
     """All pods at once, or none: by which scheduler."""
     queue: str | None = None
-    """Its queue."""
+    """Its queue; kueue needs one."""
     backoff_limit: Annotated[int, Field(ge=0)] = 3
     """How often a job whose driver failed is started again; it goes on from its newest checkpoint."""
     ttl_seconds: Annotated[int, Field(ge=0)] = 3600
@@ -118,6 +140,14 @@ class KubeRayProfile(Section):
     """Also make a PodMonitor, for the Prometheus operator."""
     ray_version: str = "2.60.0"
     """That of the image."""
+
+    @model_validator(mode="after")
+    def _queue_of_kueue(self) -> Self:
+        if self.gang == "kueue" and not self.queue:
+            raise ValueError("gang: kueue needs a queue, the name of a LocalQueue in the namespace")
+        if self.gang == "none" and self.queue:
+            raise ValueError(f"queue: {self.queue} is of no use without `gang`, which says whose queue it is")
+        return self
 
 
 class Profile(Section):
@@ -175,7 +205,7 @@ def profile_files() -> list[Path]:
 def load_profiles() -> dict[str, Profile]:
     """All profiles by name. Raises ValueError with every mistake and its file."""
     found: dict[str, Profile] = {}
-    problems: list[str] = Field(default_factory=list)
+    problems: list[str] = []
     for file in profile_files():
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}

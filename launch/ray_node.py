@@ -22,14 +22,16 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 from symile_dist.launch.processes import Asked, adopt_orphans, end_descendants, ends_with_parent
 
-ADDRESS = "address"
+ADDRESS, DASHBOARD = "address", "dashboard"
 ADDRESS_SECONDS = 600.0
 """How long a worker waits for the head's address."""
 GONE_SECONDS = 60.0
 """A head that does not answer for so long has ended: so does the worker."""
-RESTARTS = 5
+RESTARTS = 3
 """Of a head whose ports were taken meanwhile."""
 
 
@@ -55,6 +57,13 @@ def own_address(toward: str | None) -> str:
         return str(probe.getsockname()[0])
 
 
+def use_network_of(ip: str) -> None:
+    """gloo takes the interface that the host's name leads to, which is often the loopback's: it is told this one."""
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(address.address == ip for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
 def answers(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
@@ -77,16 +86,19 @@ def ray_start(ip: str, temporary: Path, arguments: list[str], options: argparse.
 
 def run_head(options: argparse.Namespace, asked: Asked, temporary: Path) -> int:
     ip = own_address(options.toward)
+    use_network_of(ip)
     for _ in range(RESTARTS):
-        port, dashboard = free_ports(2, ip)
-        arguments = ["--head", f"--port={port}", "--ray-client-server-port=0", "--include-dashboard=false"]
+        port, client, dashboard = free_ports(3, ip)
+        arguments = ["--head", f"--port={port}", f"--ray-client-server-port={client}", "--include-dashboard=false"]
         if options.dashboard:
             arguments[-1:] = ["--include-dashboard=true", f"--dashboard-host={ip}", f"--dashboard-port={dashboard}"]
-        process = subprocess.Popen(ray_start(ip, temporary, arguments, options))
+        process = subprocess.Popen(ray_start(ip, temporary, arguments, options), stdout=subprocess.DEVNULL)
         while process.poll() is None and not asked() and not answers(f"{ip}:{port}"):
             time.sleep(0.2)
         if process.poll() is not None and not asked():
             continue  # a port was taken meanwhile
+        if options.dashboard:
+            (options.folder / DASHBOARD).write_text(f"http://{ip}:{dashboard}")
         (options.folder / f".{ADDRESS}").write_text(f"{ip}:{port}")
         os.replace(options.folder / f".{ADDRESS}", options.folder / ADDRESS)
         return ends_with_parent(process, asked) or 0
@@ -105,12 +117,14 @@ def run_worker(options: argparse.Namespace, asked: Asked, temporary: Path) -> in
     while not asked():
         head = file.read_text()
         ip = own_address(head.rpartition(":")[0]) if not head.startswith("127.") else "127.0.0.1"
+        use_network_of(ip)
         deadline = time.monotonic() + GONE_SECONDS
         while not answers(head):
             if asked() or time.monotonic() > deadline:
                 return 0
             time.sleep(1)
-        process = subprocess.Popen(ray_start(ip, temporary, [f"--address={head}"], options))
+        command = ray_start(ip, temporary, [f"--address={head}"], options)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         if ends_with_parent(process, asked) is None:
             return 0
         end_descendants()

@@ -64,10 +64,30 @@ def _resume(options: argparse.Namespace) -> int:
     from symile_dist.launch.arguments import resume_elsewhere
     from symile_dist.run_directory import load_run
 
-    elsewhere = resume_elsewhere(options, _print_result)
+    elsewhere = resume_elsewhere(options, _print_result, _examine)
     if elsewhere is not None:
         return elsewhere
     return _train_until_done(load_run(options.run, options.overrides), options, resume=True)
+
+
+def _examine(config: Any, backend: str) -> None:
+    from symile_dist.tools.doctor.command import before_submission
+
+    before_submission(config, backend)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from symile_dist.config import load_config
+    from symile_dist.tools.doctor.command import examine, findings_table, summary
+
+    config = None
+    if options.config:
+        config = load_config(options.config, options.overrides).config.with_absolute_paths()
+    with contextlib.redirect_stdout(sys.stderr):  # Ray and the encoders' libraries print there too
+        found = examine(config)
+    told = summary(found)
+    _print_result(options, told, lambda: findings_table(found))
+    return EXIT_FAILED if told["FAIL"] else EXIT_OK
 
 
 def _fork(options: argparse.Namespace) -> int:
@@ -585,7 +605,17 @@ def build_parser() -> argparse.ArgumentParser:
     resume.add_argument("--wait", action="store_true", help="where it was submitted: follow the job to its end")
     size_arguments(resume, nodes=None)
 
-    add_commands(commands, _command, _print_result)
+    add_commands(commands, _command, _print_result, _examine)
+
+    doctor = _command(
+        commands,
+        "doctor",
+        _doctor,
+        "Whether this machine, or the cluster that RAY_ADDRESS names, is what a run needs. Exit code 1: it is not.",
+        "symile-dist doctor configs/demo.yaml",
+    )
+    doctor.add_argument("config", metavar="CONFIG", nargs="?", help="also check this config, its data and storage")
+    doctor.add_argument("overrides", metavar="key=value", nargs="*", help="overrides, e.g. ray.num_workers=2")
 
     fork = _command(
         commands,

@@ -28,8 +28,10 @@ ended() {
 }
 
 mapfile -t hosts < <(scontrol show hostnames "$$SLURM_JOB_NODELIST")
+neighbour=  # tells the head on which network it is: Slurm's address of another node
+[ -z "$${hosts[1]:-}" ] || neighbour=$$(scontrol show node "$${hosts[1]}" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
 $steps
-(trap '' USR1; exec "$${on_head[@]}" $node head --folder "$$meeting" --toward "$${hosts[1]:-}" $sizes) &
+(trap '' USR1; exec "$${on_head[@]}" $node head --folder "$$meeting" --toward "$$neighbour" $sizes) &
 head=$$!
 $workers
 until [ -s "$$meeting/address" ]; do

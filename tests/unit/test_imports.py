@@ -42,7 +42,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # A heavy package -> the only modules that may import it, lazily or not.
 ONLY_IN = {
     "deepspeed": ("engine",),
-    "ray": ("worker", "cluster", "board", "group", "launch", "tools.features"),
+    "ray": ("worker", "cluster", "board", "group", "launch", "tools.features", "tools.doctor"),
     "webdataset": ("data", "tools"),
 }
 
