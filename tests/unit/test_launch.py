@@ -1,0 +1,389 @@
+"""What is submitted, and what is refused before that."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from symile_dist.cli import main
+from symile_dist.config import parse_config
+from symile_dist.launch import BACKENDS
+from symile_dist.launch.job import Job, backend_named, minutes_of, sizes
+from symile_dist.launch.local import LocalBackend, state_of
+from symile_dist.launch.processes import identity, pieces_of
+from symile_dist.launch.profiles import Profile, load_profiles
+from symile_dist.launch.ray_jobs import staged_files
+from symile_dist.launch.records import new_id, record_of, records, remember
+from symile_dist.launch.slurm import script_of
+from symile_dist.run_directory import check, prepare, read_run
+from tests.shards import config_text
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user without settings, in a folder of her own."""
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return tmp_path
+
+
+@pytest.fixture
+def config_file(shards: Path, home: Path) -> Path:
+    path = home / "work" / "my.yaml"
+    path.write_text(config_text(shards, run="mine"))
+    return path
+
+
+def profiles(home: Path, text: str) -> None:
+    (home / "settings" / "symile-dist").mkdir(parents=True)
+    (home / "settings" / "symile-dist" / "profiles.yaml").write_text(text)
+
+
+def job(shards: Path, profile: Profile | None = None, **changes: Any) -> Job:
+    config = parse_config(
+        config_text(shards, run="mine"), "my.yaml", ["ray.num_workers=2"]
+    ).config.with_absolute_paths()
+    given: dict[str, Any] = {"nodes": 2, "gpus_per_node": 0, "cpus_per_node": 1, "id": "20260102-030405"} | changes
+    return Job(config, profile=profile or Profile(), **given)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """What a command says that must end with exit code 2, having written nothing."""
+    before = sorted(Path().rglob("*"))
+    code = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    assert code == 2, f"exit code {code}: {captured.err}"
+    assert captured.err.startswith("error: ") and "Traceback" not in captured.err
+    assert sorted(Path().rglob("*")) == before, "something was written"
+    return captured.err
+
+
+# -- sizes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("90", 90), ("90:30", 91), ("12:00:00", 720), ("0:00:30", 1), ("2-0", 2880), ("1-12:30", 2190), ("1-0:0:1", 1441)],
+)
+def test_time_limits_are_slurm_s(text: str, minutes: int) -> None:
+    assert minutes_of(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-5", "1:2:3:4", "0", "1d"])
+def test_a_time_limit_that_is_none(text: str) -> None:
+    with pytest.raises(ValueError, match="--time"):
+        minutes_of(text)
+
+
+def test_nodes_and_gpus_give_the_ranks(shards: Path) -> None:
+    config = parse_config(config_text(shards), "my.yaml").config
+    assert sizes(config, 2, 3, None, workers_given=False) == (["ray.num_workers=6", "ray.gpus_per_worker=1"], 3, 3)
+    four = parse_config(config_text(shards), "my.yaml", ["ray.num_workers=4", "ray.cpus_per_worker=2"]).config
+    assert sizes(four, 2, None, None, workers_given=True) == ([], 0, 4)
+    assert sizes(four, 2, None, 9, workers_given=True) == ([], 0, 9)
+    assert sizes(four, 3, 2, None, workers_given=True) == (["ray.gpus_per_worker=1"], 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ((0, None, None), "--nodes 0"),
+        ((1, -1, None), "--gpus-per-node -1"),
+        ((1, None, 0), "--cpus-per-node 0"),
+        ((5, None, None), "more than the ranks"),
+        ((2, 1, None), "2 ranks a node"),
+        ((2, None, 1), "2 ranks a node need 2"),
+    ],
+)
+def test_nodes_that_do_not_hold_the_ranks(
+    shards: Path, numbers: tuple[int, int | None, int | None], words: str
+) -> None:
+    config = parse_config(config_text(shards), "my.yaml", ["ray.num_workers=4"]).config
+    with pytest.raises(ValueError, match=words):
+        sizes(config, *numbers, workers_given=True)
+
+
+# -- profiles --------------------------------------------------------------------------------------------------------
+
+
+def test_every_mistake_of_a_profile_is_told_with_its_place(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profiles(home, "one: {slurm: {partitoin: gpu}}\ntwo: {environment: {AWS_SECRET_ACCESS_KEY: abc}, backend: slrum}\n")
+    with pytest.raises(ValueError) as told:
+        load_profiles()
+    words = str(told.value)
+    assert "one.slurm.partitoin: unknown key; did you mean 'partition'?" in words
+    assert "two.environment" in words and "does not stand here" in words and "abc" not in words
+    assert "two.backend" in words
+
+
+@pytest.mark.parametrize("reference", ["abc", "env:", "env:A B", "vault:x", "secret:name"])
+def test_a_secret_is_named_not_written(reference: str) -> None:
+    with pytest.raises(ValueError, match="never the secret itself"):
+        Profile.model_validate({"secrets": {"AWS_SECRET_ACCESS_KEY": reference}})
+
+
+def test_the_user_s_profile_comes_first_and_an_unknown_one_is_refused(
+    home: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profiles(home, "a: {slurm: {partition: mine}}\n")
+    Path("configs").mkdir()
+    Path("configs/profiles.yaml").write_text("a: {slurm: {partition: theirs}}\nb: {backend: local}\n")
+    assert {name: found.slurm.partition for name, found in load_profiles().items()} == {"a": "mine", "b": None}
+    assert "did you mean" in refused(capsys, "submit", config_file, "--on", "local", "--profile", "aa")
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_backend(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'slurm'?" in refused(capsys, "submit", config_file, "--on", "slrum")
+    assert "--on" in refused(capsys, "submit", config_file)
+
+
+def test_a_missing_sbatch(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(config_file.parent))
+    assert "sbatch is not here" in refused(capsys, "submit", config_file, "--on", "slurm")
+
+
+def test_a_batch_that_no_world_size_divides(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = refused(capsys, "submit", config_file, "--on", "slurm", "--nodes", 5, "--gpus-per-node", 1)
+    assert "12 is not divisible by ray.num_workers = 5" in words
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1", "127.0.0.1:6379", ""])
+def test_a_cluster_that_does_not_answer(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)
+    words = refused(capsys, "submit", config_file, "--on", "ray")
+    assert (address or "Name its dashboard's address") in words
+
+
+def test_a_run_directory_that_cannot_be_written(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").touch()
+    assert "file" in refused(capsys, "submit", config_file, "--on", "local", "run.directory=file/run")
+    Path("other").mkdir()
+    Path("other/letter.txt").touch()
+    assert "not a run directory" in refused(capsys, "submit", config_file, "--on", "local", "run.directory=other")
+
+
+def test_no_credentials_for_the_store(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, endpoint: str
+) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "nowhere")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "nowhere")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    options = ["data.train=s3://bucket/train", f"data.storage.endpoint_url={endpoint}"]
+    words = refused(capsys, "submit", config_file, "--on", "local", *options, "data.storage.give_up_seconds=2")
+    assert "credentials" in words.lower()
+
+
+def test_data_that_is_not_there(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere" in refused(capsys, "submit", config_file, "--on", "local", "data.train=nowhere")
+
+
+def test_a_secret_that_is_not_set(home: Path, config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profiles(home, "default: {secrets: {AWS_SECRET_ACCESS_KEY: env:NOT_SET}}\n")
+    assert "NOT_SET is not set" in refused(capsys, "submit", config_file, "--on", "local")
+
+
+@pytest.mark.parametrize("verb", [["status"], ["logs"], ["stop"], ["resume"]])
+def test_a_run_that_nobody_knows(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "symile-dist list" in refused(capsys, *verb, "nobody")
+
+
+# -- dry runs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_needs_nothing_heavy(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend, more in (("local", []), ("slurm", []), ("ray", [])):
+        code = (
+            "import sys; from symile_dist.cli import main; "
+            f"code = main(['submit', {str(config_file)!r}, '--on', {backend!r}, '--dry-run', *{more!r}]); "
+            "heavy = {'torch', 'ray', 'deepspeed', 'numpy'} & set(sys.modules); sys.exit(str(heavy) if heavy else code)"
+        )
+        environment = os.environ | {"RAY_API_SERVER_ADDRESS": "http://head:8265"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0 and done.stdout.strip(), f"{backend}: {done.stderr}"
+
+
+def test_a_dry_run_can_be_written_to_a_file(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", str(config_file), "--on", "slurm", "--dry-run", "--output", "job.sh"]) == 0
+    assert Path("job.sh").read_text().startswith("#!/bin/bash\n#SBATCH ")
+    assert not Path("runs").exists()
+
+
+# -- Slurm's script --------------------------------------------------------------------------------------------------
+
+FULL = {
+    "python": "/opt/a b/python",
+    "environment": {"NCCL_SOCKET_IFNAME": "ib0", "NOTE": "it's $HOME; `rm`"},
+    "secrets": {"AWS_SECRET_ACCESS_KEY": "env:MY_KEY", "HF_TOKEN": "file:/keys/hf"},
+    "slurm": {
+        "account": "lab",
+        "partition": "gpu",
+        "qos": "high",
+        "constraint": "h200",
+        "reservation": "mine",
+        "exclusive": True,
+        "modules": ["cuda/12.8"],
+        "container": "/images/symile.sqsh",
+        "container_mounts": ["/data"],
+    },
+}
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_script_is_bash_and_quotes_what_it_is_given(shards: Path, nodes: int, runtime: str) -> None:
+    profile = Profile.model_validate(FULL | {"slurm": FULL["slurm"] | {"container_runtime": runtime}})  # type: ignore[operator]
+    script = script_of(job(shards, profile, nodes=nodes, gpus_per_node=8, minutes=90, resume=True))
+    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "account=lab",
+        "partition=gpu",
+        "gpus-per-node=8",
+        "time=90",
+        "exclusive",
+        f"nodes={nodes}",
+        "requeue",
+    ):
+        assert f"#SBATCH --{line}\n" in script
+    assert "export NOTE='it'\"'\"'s $HOME; `rm`'\n" in script
+    assert 'export AWS_SECRET_ACCESS_KEY="${MY_KEY}"\n' in script and "module load cuda/12.8\n" in script
+    assert "'/opt/a b/python' -m symile_dist train" in script and script.count("--resume") == 1
+    assert ("--container-image=/images/symile.sqsh" in script) == (runtime == "pyxis")
+    assert ("apptainer exec --nv" in script) == (runtime == "apptainer")
+    assert ("ray_node worker" in script) == (nodes > 1)
+
+
+def test_a_name_that_sbatch_would_take_apart_is_refused(shards: Path) -> None:
+    profile = Profile.model_validate({"slurm": {"account": 'a"\n#SBATCH --wrap=x'}})
+    with pytest.raises(ValueError, match="cannot stand there"):
+        script_of(job(shards, profile))
+
+
+def test_requeueing_can_be_turned_off(shards: Path) -> None:
+    script = script_of(job(shards, Profile.model_validate({"slurm": {"requeue": False}})))
+    assert "#SBATCH --no-requeue\n" in script and '[ -n "" ]' in script
+
+
+# -- what goes along to a Ray cluster --------------------------------------------------------------------------------
+
+
+def test_what_a_job_needs_not_stays_here(shards: Path, home: Path) -> None:
+    root = home / "work" / "mine"
+    for name in ("encoder.py", "sub/more.py", "data/shard.tar", "runs/a/x", ".git/config", "notes.txt", "sub/a.tar"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("x")
+    profile = Profile.model_validate({"ray": {"working_dir": str(root), "ignore": ["*.txt"]}})
+    assert staged_files(job(shards, profile)) == ["encoder.py", "sub/more.py"]
+    (root / "big.bin").write_bytes(b"\0" * 2_000_000)
+    small = Profile.model_validate({"ray": {"working_dir": str(root), "max_megabytes": 1}})
+    with pytest.raises(ValueError, match="more than 1 MB"):
+        staged_files(job(shards, small))
+
+
+# -- records ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_found_by_name_and_by_directory(shards: Path, home: Path) -> None:
+    one = job(shards)
+    one.folder.mkdir(parents=True)
+    remember(one, "slurm", {"id": "7", "folder": str(one.folder)})
+    directory = one.config.run_directory
+    for name in ("mine", str(directory), "runs/mine"):
+        assert record_of(name)["handle"]["id"] == "7"
+    assert [record["name"] for record in records()] == ["mine"]
+    assert new_id(directory) != one.id
+    os.rename(directory, home / "moved")
+    assert record_of(str(home / "moved"))["run"] == str(home / "moved"), "a run that was moved"
+
+
+def test_two_runs_of_one_name_are_told_apart(shards: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("a", "b"):
+        (home / folder).mkdir()
+        config = parse_config(config_text(shards, run="mine"), "x", [f"run.directory={home / folder / 'mine'}"]).config
+        remember(Job(config, 1, 0, 1, Profile(), "1"), "kuberay", {})
+    assert "several runs" in refused(capsys, "status", "mine")
+
+
+def test_a_directory_that_holds_only_a_submission_is_free(shards: Path) -> None:
+    one = job(shards)
+    one.folder.mkdir(parents=True)
+    remember(one, "slurm", {"id": "7", "folder": str(one.folder)})
+    check(one.config, fresh=False, resume=False)
+    prepare(one.config, fresh=False, resume=False)
+    assert read_run(one.config.run_directory)["launch"]["handle"]["id"] == "7"
+
+
+# -- this machine ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "state"), [(0, "finished"), (75, "stopped"), (130, "stopped"), (1, "failed"), (2, "failed")]
+)
+def test_exit_codes(code: int, state: str) -> None:
+    assert state_of(code) == state
+
+
+def test_a_job_whose_process_is_gone_is_lost_and_another_process_is_not_it(home: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    handle = {"folder": str(home), "host": __import__("socket").gethostname(), "process": identity(child.pid)}
+    assert LocalBackend().status(handle).state == "running"
+    later = handle | {"process": {"pid": child.pid, "started": time.time() + 60}}
+    assert LocalBackend().status(later).state == "lost", "a process that has only the number"
+    child.communicate()
+    assert LocalBackend().status(handle).state == "lost"
+    (home / "exit_code").write_text("75\n")
+    assert LocalBackend().status(handle).state == "stopped"
+    assert LocalBackend().status(handle | {"host": "elsewhere"}).exit_code == 75
+
+
+def test_following_a_file_ends_with_what_was_written_last(tmp_path: Path) -> None:
+    path, pieces = tmp_path / "log", ["one\n", "two\n", "three"]
+
+    def ended() -> bool:
+        with open(path, "a") as file:
+            file.write(pieces.pop(0))
+        return not pieces
+
+    path.touch()
+    assert "".join(pieces_of(path, True, ended)) == "one\ntwo\nthree"
+
+
+def test_backends_are_all_there() -> None:
+    for name in BACKENDS:
+        backend = backend_named(name)
+        for verb in ("check", "render", "submit", "status", "logs", "stop"):
+            assert callable(getattr(backend, verb)), f"{name} has no {verb}"
+
+
+def test_the_profile_s_schema_is_documented() -> None:
+    def undocumented(model: Any) -> list[str]:
+        return [name for name, field in model.model_fields.items() if not field.description]
+
+    for model in (Profile, *(field.annotation for field in Profile.model_fields.values())):
+        if hasattr(model, "model_fields"):
+            assert not undocumented(model), model
+    assert yaml.safe_dump(Profile().model_dump()) and json.dumps(Profile.model_json_schema())
