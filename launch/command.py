@@ -112,7 +112,7 @@ def submit(
 def _before_submission(job: Job) -> None:
     directory = job.config.run_directory
     there = next(parent for parent in (directory, *directory.parents) if parent.exists())
-    if not os.access(there, os.W_OK):
+    if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"run.directory: {there} is not a folder that this user may write to")
 
 

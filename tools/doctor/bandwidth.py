@@ -25,6 +25,8 @@ def measure(rank: int, world_size: int, address: str, backend: str) -> dict[str,
     import torch
     import torch.distributed as dist
 
+    from symile_dist.distributed import all_gather
+
     device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
     timeout = datetime.timedelta(seconds=TIMEOUT_SECONDS)
     dist.init_process_group(backend, init_method=f"tcp://{address}", rank=rank, world_size=world_size, timeout=timeout)
@@ -35,7 +37,7 @@ def measure(rank: int, world_size: int, address: str, backend: str) -> dict[str,
         found = {}
         for name, moved, call in (
             ("all-reduce", 2 * share, lambda: dist.all_reduce(whole)),
-            ("all-gather", share, lambda: dist.all_gather_into_tensor(whole, part)),
+            ("all-gather", share, lambda: all_gather(part)),
         ):
             call()
             if backend == "nccl":

@@ -209,8 +209,10 @@ def disks(config: Config) -> Iterator[Finding]:
     """Room for the run's checkpoints and for fetched shards."""
     directory = config.run_directory.absolute()
     there = next(parent for parent in (directory, *directory.parents) if parent.exists())
-    if not os.access(there, os.W_OK):
-        yield fail("run directory", f"{there} cannot be written", "choose another run.directory")
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        yield fail(
+            "run directory", f"{there} is not a folder that this user may write to", "choose another run.directory"
+        )
         return
     usage = shutil.disk_usage(there)
     words = f"{usage.free / GIB:.1f} GiB free at {there}"

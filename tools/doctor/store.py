@@ -36,10 +36,9 @@ def data_speed(config: Config) -> Iterator[Finding]:
         seconds = max(time.perf_counter() - begin, 1e-9)
         per_sample = sum(each.bytes for each in manifest.shards) / max(1, manifest.samples)
         speed = total / seconds
-        words = (
-            f"{manifest.samples:,} samples in {len(manifest.shards)} shards; {shards} read at {speed / 1e6:.0f} MB/s"
-        )
-        yield ok(check, f"{words}, {speed / max(per_sample, 1):.0f} samples/s")
+        words = f"{manifest.samples:,} samples in {len(manifest.shards)} shards"
+        rate = f"{speed / 1e6:.0f} MB/s, {speed / max(per_sample, 1):.0f} samples/s"
+        yield ok(check, f"{words}; {shards} read at {rate}")
 
 
 def mirror_takes(config: Config) -> Iterator[Finding]:
