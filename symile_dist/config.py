@@ -460,7 +460,7 @@ class MetricsConfig(Section):
     address: str = "127.0.0.1"
     """Address that each rank's Prometheus endpoint listens on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port of rank 0's endpoint, rank r listens on port + r; 0 lets the system choose."""
+    """Port of the endpoint of a node's first rank, its next ones' follow; 0 lets the system choose."""
     enabled: bool = True
     """Serve Prometheus metrics."""
 

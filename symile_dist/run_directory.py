@@ -97,7 +97,9 @@ def prepare(config: Config, fresh: bool, resume: bool) -> bool:
                 lineage = [*lineage, {"changed": changed, "time": time.time()}]
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / CONFIG_FILE, config.to_yaml())
-        submitted = launch_record()
+        submitted, known = launch_record(), read_run(directory).get("launch")
+        if submitted and isinstance(known, dict) and known.get("job") == submitted.get("job"):
+            submitted = known | submitted  # whoever submitted it may have written down more
         update_run(
             directory,
             name=config.run.name,

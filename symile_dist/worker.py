@@ -93,8 +93,8 @@ def _set_up_process(config: Config, rank: int, failpoints: str | None) -> None:
 
 
 def _make_recorder(config: Config, rank: int, board: Any) -> Recorder:
-    metrics = config.metrics
-    port = metrics.port + rank if metrics.port else 0
+    metrics, local_rank = config.metrics, ray.train.get_context().get_local_rank()
+    port = metrics.port + local_rank if metrics.port else 0
     exporter = None
     if metrics.enabled:
         exporter = Exporter(
@@ -111,8 +111,7 @@ def _make_recorder(config: Config, rank: int, board: Any) -> Recorder:
             "metrics_url": exporter.url if exporter else None,
         }
     )
-    tells_node = ray.train.get_context().get_local_rank() == 0
-    return Recorder(exporter, publish=board.post.remote, tells_node=tells_node)
+    return Recorder(exporter, publish=board.post.remote, tells_node=local_rank == 0)
 
 
 def _device() -> torch.device:

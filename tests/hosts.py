@@ -70,7 +70,8 @@ class Hosts:
         with open(log, "ab") as output:
             process = subprocess.Popen(
                 ["nsenter", f"--net=/run/netns/{self._space(index)}", *command],
-                env=os.environ | environment,
+                # What the test's own Ray has set is not theirs.
+                env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | environment,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,

@@ -53,6 +53,8 @@ def test_json_and_exit_code(shards: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_an_encoder_of_another_shape_than_the_data(shards: Path) -> None:
     config = made(shards, "modalities.a.encoder.input_dim=3")
+    with pytest.raises(ValueError, match="input_dim is 3"):
+        before_submission(config, "ray")
     assert level(checked("forward", lambda: fit.forward_works(config)), "forward") == "FAIL"
 
 

@@ -49,6 +49,8 @@ def before_submission(config: Config, backend: str) -> None:
     elsewhere = backend in ("ray", "kuberay") and any(not path.exists() for path in local)
     found = [] if elsewhere else checked("config", lambda: fit.config_fits(config))
     found += checked("checkpoint.mirror", lambda: store.mirror_takes(config))
+    if not elsewhere and not any(each.level == "FAIL" for each in found) and not fit.takes_long(config):
+        found += checked("forward", lambda: fit.forward_works(config))
     problems = [f"{each.check}: {each.found}" for each in found if each.level == "FAIL"]
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from symile_dist.config import Config
 from symile_dist.preflight import preflight
+from symile_dist.registry import ENCODERS, resolve
 from symile_dist.tools.doctor.finding import Finding, fail, ok, warn
 
 SAMPLES = 4
@@ -23,6 +24,12 @@ def config_fits(config: Config) -> Iterator[Finding]:
     for words in warnings:
         yield warn("data", words, "symile-dist shards verify")
     yield ok("config", f"{len(config.modalities)} modalities over {len(config.data.train)} datasets, batch divides")
+
+
+def takes_long(config: Config) -> bool:
+    """Whether an encoder brings weights from elsewhere, which may be gigabytes."""
+    encoders = [resolve(modality.encoder.name, ENCODERS, "encoder") for modality in config.modalities.values()]
+    return any(hasattr(encoder, "check") for encoder in encoders)
 
 
 def forward_works(config: Config) -> Iterator[Finding]:
