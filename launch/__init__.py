@@ -2,7 +2,7 @@
 
 job.py        what is submitted, and what every backend can do        profiles.py   what a cluster is called and needs
 records.py    where a run lives, by its name or directory             command.py    submit, status, logs, stop, list
-local.py      ray_jobs.py    kuberay.py    slurm.py                   the backends
+local.py      ray_jobs.py    slurm.py    kuberay.py (kuberay_models.py: Kubernetes' objects)   the backends
 ray_node.py   what runs on a node of a Ray that a job brings with it  processes.py  children, to the last of them
 """
 

@@ -18,11 +18,13 @@ from symile_dist.config import Config, load_config
 from symile_dist.health.lease import is_held, lease_file
 from symile_dist.launch.job import ENDED, Job, JobStatus, backend_named, minutes_of, sizes
 from symile_dist.launch.profiles import Profile, profile_named
-from symile_dist.launch.records import new_id, record_of, records, remember
+from symile_dist.launch.records import known_record, new_id, record_of, records, remember
 from symile_dist.run_directory import check, load_run, read_run
 from symile_dist.storage import write_text
 
 WAIT_SECONDS = 2.0
+SHARING = ("local", "slurm")
+"""Backends whose machines see this one's files; of the others the run's directory may be elsewhere."""
 
 
 def job_of(
@@ -88,12 +90,15 @@ def submit(
     directory = job.config.run_directory
     if directory.exists():
         check(job.config, fresh=False, resume=job.resume)
-        _refuse_second(directory)
-    _before_submission(job)
+    _refuse_second(directory)
+    seen_here = backend_name in SHARING or directory.parent.is_dir()
+    if seen_here:
+        _before_submission(job)
     backend.check(job)
     examine(job.config, backend_name)
-    job.folder.mkdir(parents=True)
-    write_text(job.folder / "config.yaml", job.config.to_yaml())
+    if seen_here:
+        job.folder.mkdir(parents=True)
+        write_text(job.folder / "config.yaml", job.config.to_yaml())
     handle = backend.submit(job)
     return remember(
         job,
@@ -118,8 +123,8 @@ def _before_submission(job: Job) -> None:
 
 def _refuse_second(directory: Path) -> None:
     """Raises ValueError where a job of the run is queued or under way."""
-    record = record_of(str(directory))
-    if record["backend"]:
+    record = known_record(directory)
+    if record and record["backend"]:
         status = status_of(record)
         if status.state in ("queued", "running"):
             raise ValueError(

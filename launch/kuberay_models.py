@@ -17,7 +17,7 @@ MAX_NAME = 47
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Seconds = Annotated[int, Field(gt=0, le=2**31 - 1)]
 Port = Annotated[int, Field(ge=1, le=65535)]
-PortName = Annotated[str, Field(pattern=r"^(?=.*[a-z])[a-z0-9]+(-[a-z0-9]+)*$", max_length=15)]
+PortName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$", max_length=15)]
 Amount = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?([EPTGMK]i|[EPTGMkm])?$")]
 Label = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)?$", max_length=63)]
 LabelKey = Annotated[

@@ -123,7 +123,8 @@ class KubeRayProfile(Section):
     extra_resources: dict[str, int | Quantity] = Field(default_factory=dict)
     """What else a worker pod asks for: `vpc.amazonaws.com/efa: 4`, `rdma/hca: 1`, `hugepages-2Mi: 5120Mi`."""
     capabilities: list[str] = Field(default_factory=list)
-    """Linux capabilities of the worker pods; InfiniBand and EFA pin memory, which needs IPC_LOCK."""
+    """Linux capabilities of the worker pods, such as IPC_LOCK, by which InfiniBand pins memory where its limit is low.
+    Kubernetes gives them to root alone: user_id: null."""
     head_cpus: Annotated[int, Field(gt=0)] = 2
     """CPUs of the head pod: it runs the driver, and no ranks."""
     head_memory: Quantity = "8Gi"
@@ -138,6 +139,8 @@ class KubeRayProfile(Section):
     """How long an ended job's pods are kept."""
     pod_monitor: bool = True
     """Also make a PodMonitor, for the Prometheus operator."""
+    pod_monitor_labels: dict[str, str] = Field(default_factory=dict)
+    """Its labels, where the operator looks for some: often `release: NAME`."""
     ray_version: str = "2.60.0"
     """That of the image."""
 

@@ -57,6 +57,15 @@ def _index_name(directory: Path) -> str:
     return f"{directory.name}-{hashlib.sha256(str(directory).encode()).hexdigest()[:12]}.json"
 
 
+def known_record(directory: Path) -> dict[str, Any] | None:
+    """The newest record of the run in a directory, which may be one that this machine does not see."""
+    known = read_run(directory).get("launch")
+    if isinstance(known, dict) and "backend" in known:
+        return {**known, "run": str(directory)}
+    index = state_folder() / "runs" / _index_name(directory)
+    return read_json(index) if index.exists() else None
+
+
 def record_of(run: str) -> dict[str, Any]:
     """The newest record of a run that is named, or whose directory is named.
 

@@ -90,6 +90,20 @@ def _doctor(options: argparse.Namespace) -> int:
     return EXIT_FAILED if told["FAIL"] else EXIT_OK
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from symile_dist.tools.plan.command import run
+
+    return _print_result(options, *run(options))
+
+
+def _benchmark_calibrate(options: argparse.Namespace) -> int:
+    from symile_dist.tools.plan.calibrate_command import run
+
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints there
+        found = run(options)
+    return _print_result(options, *found)
+
+
 def _fork(options: argparse.Namespace) -> int:
     from symile_dist.tools.fork import fork
 
@@ -617,6 +631,19 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("config", metavar="CONFIG", nargs="?", help="also check this config, its data and storage")
     doctor.add_argument("overrides", metavar="key=value", nargs="*", help="overrides, e.g. ray.num_workers=2")
 
+    from symile_dist.tools.plan import calibrate_command
+    from symile_dist.tools.plan import command as plan_command
+
+    plan = _command(
+        commands,
+        "plan",
+        _plan,
+        "What a config needs on machines that are not here: memory, network, time, cost, goodput: docs/plan.md",
+        "symile-dist plan configs/demo.yaml --nodes 8 --gpu H200 --epochs 10",
+    )
+    _config_arguments(plan)
+    plan_command.add_arguments(plan)
+
     fork = _command(
         commands,
         "fork",
@@ -1019,6 +1046,14 @@ def build_parser() -> argparse.ArgumentParser:
     checkpoint.add_argument("--repeats", type=int, default=5, help="saves of each kind (default: 5)")
     checkpoint.add_argument("--work", metavar="DIR", help="folder on the disk to measure (default: a temporary one)")
 
+    calibrate = _command(
+        benchmark_commands,
+        "calibrate",
+        _benchmark_calibrate,
+        "This machine's own rates, for `plan --calibration`; and plan beside a training run.",
+        "symile-dist benchmark calibrate --out machine.json",
+    )
+    calibrate_command.add_arguments(calibrate)
     data = _command(
         benchmark_commands,
         "data",

@@ -573,7 +573,7 @@ class Config(Section):
 
     def digest(self) -> str:
         """sha256 of all that training depends on: equal digests continue each other's checkpoints."""
-        told: Any = {"run": {"name", "directory"}, "data": {"source"}, "evaluation": True}
+        told: Any = {"run": {"name", "directory"}, "data": {"source"}, "evaluation": True, "metrics": True}
         content = self.model_dump(mode="json", exclude=told)
         content["modalities"] = list(content["modalities"].items())  # their order decides the negatives
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
