@@ -77,7 +77,7 @@ def until(done: Callable[[], Any], words: str, seconds: float = 120) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := done()):
         assert time.monotonic() < deadline, words
-        time.sleep(0.2)
+        time.sleep(0.5)
     return found
 
 
