@@ -66,6 +66,8 @@ MEASURED: dict[str, Any] = {
     "optimizer_bytes_per_s": 4e9,
     "operator_s": 1e-5,
     "step_s": 2e-3,
+    "batch_share": 0.8,
+    "state_share": 0.5,
     "write_bytes_per_s": 1e9,
     "collectives": {
         name: {"latency_s": 1e-4, "bytes_per_s": 1e9}

@@ -85,6 +85,13 @@ SHAPES = {
     },
 }
 TEXTS = {"mlps": MLPS, "convnets": CONVNETS}
+FITTED: list[tuple[str, list[str]]] = [
+    ("mlps", ["train.zero_stage=1", "train.global_batch_size=128"]),
+    ("mlps", ["train.zero_stage=1", "train.global_batch_size=1024"]),
+]
+"""Trainings whose speeds give `Device.batch_share` and `state_share`; those below are compared with what follows."""
+FITTED_CONVOLUTIONS = ["train.zero_stage=1", "train.global_batch_size=96"]
+"""A training of convolutions, whose speed depends much on their shapes."""
 CASES = [
     ("mlps", ["train.zero_stage=1"]),
     ("mlps", ["train.zero_stage=3"]),
@@ -124,17 +131,19 @@ def calibrate(
         **_medians(everyones),
     }
     found["write_bytes_per_s"] *= ranks  # of the node
-    found["step_s"] = 0.0
+    found |= {"step_s": 0.0, "batch_share": 1.0, "state_share": 1.0}
     if device == "cpu":
         tiny = _config("mlps", TINY, ranks)
         measured = on_ranks(_train, ranks, threads, tiny.to_yaml(), "mlps")[0]
-        found["step_s"] = max(0.0, measured["clock_s"] - _predicted(tiny, "mlps", found))
+        found["step_s"] = max(0.0, measured["clock_s"] - _predicted(tiny, "mlps", found)["step_s"])
+        found |= _shares(found, ranks, threads)
+        found["convolution_flops_per_s"] = _convolutions_in_steps(found, ranks, threads)
     found["check"] = []
     if check and device == "cpu":
         for name, overrides in CASES:
             config = _config(name, overrides, ranks)
             measured = on_ranks(_train, ranks, threads, config.to_yaml(), name)[0]
-            predicted = _predicted(config, name, found)
+            predicted = _predicted(config, name, found)["step_s"]
             found["check"].append(
                 {
                     "model": name,
@@ -399,7 +408,39 @@ def _train(threads: int, text: str, name: str) -> dict[str, float]:
     return {"clock_s": clock, "cpu_s": cpu}
 
 
-def _predicted(config: Config, name: str, found: dict[str, Any]) -> float:
+def _shares(found: dict[str, Any], ranks: int, threads: int) -> dict[str, float]:
+    """How fast a step's parts are beside themselves alone: what grows with the batch, and what does not. Two trainings
+    that differ in their batch tell the two apart."""
+    rows, seconds = [], []
+    for name, overrides in FITTED:
+        config = _config(name, overrides, ranks)
+        parts = _predicted(config, name, found)
+        batch = parts["forward_backward_s"] + parts["second_forward_s"] + parts["objective_s"]
+        rows.append([batch, parts["step_s"] - found["step_s"] - batch])
+        measured = on_ranks(_train, ranks, threads, config.to_yaml(), name)[0]
+        seconds.append(measured["clock_s"] - found["step_s"])
+    slower = torch.linalg.solve(torch.tensor(rows, dtype=torch.float64), torch.tensor(seconds, dtype=torch.float64))
+    batch, state = (1.0 / min(10.0, max(0.5, float(each))) for each in slower)  # noise gives no more than this
+    return {"batch_share": batch, "state_share": state}
+
+
+def _convolutions_in_steps(found: dict[str, Any], ranks: int, threads: int) -> dict[str, float]:
+    """Rates of convolutions with which a training of small networks takes as long as it did."""
+    config = _config("convnets", FITTED_CONVOLUTIONS, ranks)
+    measured = on_ranks(_train, ranks, threads, config.to_yaml(), "convnets")[0]["clock_s"]
+    slowest, fastest = 0.1, 2.0  # times what they reach alone
+    for _ in range(6):
+        factor = math.sqrt(slowest * fastest)
+        rates = {key: value * factor for key, value in found["convolution_flops_per_s"].items()}
+        if _predicted(config, "convnets", {**found, "convolution_flops_per_s": rates})["step_s"] > measured:
+            slowest = factor
+        else:
+            fastest = factor
+    return rates
+
+
+def _predicted(config: Config, name: str, found: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a step and of its parts."""
     from symile_dist.tools.plan.planner import Ask, Planner
 
     with tempfile.TemporaryDirectory() as folder:
@@ -407,7 +448,7 @@ def _predicted(config: Config, name: str, found: dict[str, Any]) -> float:
         file.write_text(config.to_yaml(), encoding="utf-8")
         shapes = {key: "x".join(map(str, one.shape)) for key, one in SHAPES[name].items()}
         ask = Ask(str(file), [], device_of(found), 1, config.world_size, shapes)
-        return float(Planner(ask).plan(1)["time"]["step_s"])
+        return dict(Planner(ask).plan(1)["time"])
 
 
 __all__ = ["calibrate", "seconds_of"]

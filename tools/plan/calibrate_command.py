@@ -36,6 +36,8 @@ def calibration_text(found: Mapping[str, Any], out: str) -> str:
         f"elementwise operators: {amount(found['memory_bytes_per_s'])}/s",
         f"AdamW: {amount(found['optimizer_bytes_per_s'])}/s",
         f"to start an operator: {duration(found['operator_s'])}; once per step: {duration(found['step_s'])}",
+        f"in a step encoders and loss reach {found['batch_share']:.0%} of that, what is done with gradients and "
+        f"parameters {found['state_share']:.0%}",
         f"writing: {amount(found['write_bytes_per_s'])}/s",
         *(
             f"{name}: {duration(one['latency_s'])} and {amount(one['bytes_per_s'])}/s"

@@ -59,6 +59,11 @@ class Device:
     """By precision, of the data sheet or, of a measured machine, the best product: what MFU relates to."""
     operator_seconds: float = OPERATOR_SECONDS
     step_seconds: float = STEP_SECONDS
+    batch_share: float = 1.0
+    """Of the speed that encoders and loss reach where they are timed alone, again and again, what they reach in a step:
+    its memory is fresh, its caches are cold."""
+    state_share: float = 1.0
+    """The same of what is done with gradients and parameters, which DeepSpeed copies about."""
     write_bytes: float = NODE_WRITE_BYTES
     """Of a node, to checkpoints."""
     host_copy_bytes: float = HOST_COPY_BYTES
@@ -197,6 +202,8 @@ def device_of(measured: Mapping[str, Any]) -> Device:
         peak_flops=matmul,
         operator_seconds=float(measured["operator_s"]),
         step_seconds=float(measured["step_s"]),
+        batch_share=float(measured["batch_share"]),
+        state_share=float(measured["state_share"]),
         write_bytes=float(measured["write_bytes_per_s"]),
         host_copy_bytes=float(measured["memory_bytes_per_s"]),
         synchronous=str(measured["device"]) == "cpu",

@@ -83,22 +83,25 @@ def step_time(
     gpus_per_node: int,
 ) -> StepTime:
     train = config.train
-    rows, parts = config.encoded_at_once, encoders.passes.parts
+    rows, parts, share = config.encoded_at_once, encoders.passes.parts, device.batch_share
 
     def seconds(work: Work) -> float:
-        return parts * operators_seconds(work, rows, device, train.precision, train.float32_matmul_precision)
+        alone = operators_seconds(work, rows, device, train.precision, train.float32_matmul_precision)
+        return parts * alone / share
 
     whole = seconds(encoders.work)
     again = seconds(encoders.forward) if encoders.passes.encode else 0.0
     others = sum(max(one.bytes / device.memory_bandwidth, device.operator_seconds) for one in objective.operations)
     rate = peak_of(device.loss_flops, train.precision, train.float32_matmul_precision, device.name)
-    loss = objective.tile_flops / rate + others
+    loss = (objective.tile_flops / rate + others) / share
     sizes, groups = encoders.model.sizes, groups_of(encoders.model, config)
     elements = [sum(sizes[number] for number in group) for group in groups]
     if train.zero_stage:
         elements = [padded(number, config.world_size) // config.world_size for number in elements]
-    update = ADAM_BYTES * sum(elements) / device.optimizer_bytes
-    every = [(call.purpose, collective_seconds(call, config, device, gpus_per_node)) for call in calls]
+    update = ADAM_BYTES * sum(elements) / device.optimizer_bytes / device.state_share
+    every = [
+        (one.purpose, collective_seconds(one, config, device, gpus_per_node) / device.state_share) for one in calls
+    ]
     communication = sum(taken for _, taken in every)
     # Stage 3 fetches parameters and reduces gradients beside the encoders' work; nothing else is overlapped.
     beside = sum(taken for purpose, taken in every if purpose in ("parameters", "gradients"))
