@@ -29,8 +29,9 @@ peers: .peers/.setup-done
 demo: setup
 	$(BIN)/symile-dist demo --out runs/demo
 
+# Two at a time; a file's tests stay together, and share what is costly to start.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

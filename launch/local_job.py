@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from symile_dist.launch.local import EXIT_CODE, specification
-from symile_dist.launch.processes import POLL_SECONDS, adopt_orphans, end_descendants
+from symile_dist.launch.processes import POLL_SECONDS, adopt_orphans, end_descendants, sigterm_with_parent
 from symile_dist.launch.ray_node import ADDRESS
 from symile_dist.storage import write_text
 
@@ -77,7 +77,7 @@ def run(folder: Path, signals: Signals) -> int:
             environment["RAY_ADDRESS"] = address
         else:
             environment.pop("RAY_ADDRESS", None)
-        driver = subprocess.Popen(what["command"], env=environment)
+        driver = subprocess.Popen(what["command"], env=environment, preexec_fn=sigterm_with_parent)
         while driver.poll() is None:
             signals.pass_on(driver)
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -14,13 +14,19 @@ from pathlib import Path
 import psutil
 
 POLL_SECONDS = 0.2
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def adopt_orphans() -> None:
     """Grandchildren whose parents have ended become children of this process (Linux): `end_descendants` finds them."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def sigterm_with_parent() -> None:
+    """In a child, before it becomes another program: SIGTERM comes when its parent ends, however that ends (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def end_descendants(seconds: float = 5.0) -> None:
@@ -98,7 +104,15 @@ def ends_with_parent(process: subprocess.Popen[bytes], asked_to_end: Callable[[]
             return None
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(POLL_SECONDS)
+        reap_orphans(process)
     return process.returncode
+
+
+def reap_orphans(child: subprocess.Popen[bytes]) -> None:
+    """Takes leave of adopted processes that have ended, but for the child: whoever started that asks for its code."""
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != child.pid:
+            os.waitpid(ended.si_pid, os.WNOHANG)
 
 
 class Asked:

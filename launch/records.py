@@ -82,8 +82,8 @@ def record_of(run: str) -> dict[str, Any]:
     named = [record for record in records() if record["name"] == run or record["run"] == str(Path(run).absolute())]
     if not named:
         raise ValueError(
-            f"{run}: not a run directory (it has no {CONFIG_FILE}), and no run of that name is known; `symile-dist list` "
-            "has those that are"
+            f"{run}: not a run directory (it has no {CONFIG_FILE}), and no run of that name is known; "
+            "`symile-dist list` has those that are"
         )
     if len(named) > 1:
         raise ValueError(f"{run}: several runs are called so; name a directory: {', '.join(r['run'] for r in named)}")
