@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -46,9 +47,10 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser],
     def logs(options: argparse.Namespace) -> int:
         from symile_dist.launch.command import logs as pieces
 
-        for piece in pieces(options.run, options.follow, options.rank):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+        with contextlib.suppress(KeyboardInterrupt):  # that is how one stops following
+            for piece in pieces(options.run, options.follow, options.rank):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
         return 0
 
     def stop(options: argparse.Namespace) -> int:
@@ -153,7 +155,11 @@ def _told(options: argparse.Namespace, record: dict[str, Any], show: Print) -> i
         return show(options, record, lambda: words)
     if not options.json:
         print(words, flush=True)
-    code = wait(record, show=not options.json)
+    try:
+        code = wait(record, show=not options.json)
+    except KeyboardInterrupt:
+        print(f"{name}: not waited for any longer; the job goes on: symile-dist status {name}", file=sys.stderr)
+        return 130
     if options.json:
         show(options, {**record, "exit_code": code}, lambda: "")
     return code

@@ -116,11 +116,12 @@ def reap_orphans(child: subprocess.Popen[bytes]) -> None:
 
 
 class Asked:
-    """Remembers that the process was asked to end, by SIGTERM or SIGINT; ignores SIGUSR1, which is the driver's."""
+    """Remembers that the process was asked to end, by SIGTERM, SIGINT or, as srun passes on no other, SIGUSR2; ignores
+    SIGUSR1, which is the driver's."""
 
     def __init__(self) -> None:
         self.is_set = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, self._ask)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 

@@ -83,7 +83,7 @@ def script_of(job: Job) -> str:
     workers = ""
     if job.nodes > 1:
         others = f'{common} --nodes={job.nodes - 1} --ntasks={job.nodes - 1} --exclude="${{hosts[0]}}"{inside}'
-        workers = f"""(trap '' USR1; exec {others} {node} worker --folder "$meeting" {arguments}) &\n"""
+        workers = f"""(trap '' USR1; exec {others} {node} worker --folder "$meeting" {arguments}) &\nnodes+=($!)\n"""
     driver = [python, "-m", "symile_dist", *job.train_arguments(str(job.folder / "config.yaml"))]
     template = Template(files("symile_dist.launch").joinpath("templates/slurm.sh").read_text(encoding="utf-8"))
     return template.substitute(

@@ -15,6 +15,7 @@ from typing import Any
 from symile_dist import __version__
 
 EXIT_OK, EXIT_FAILED, EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
+EXIT_BROKEN_PIPE = 141
 
 
 def _print_json(content: Any) -> None:
@@ -1130,6 +1131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except OSError as error:
         if error.filename is None and not isinstance(error, FileNotFoundError):
             raise

@@ -12,12 +12,14 @@ mkdir -p "$$meeting"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$$meeting/token"
 od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > "$$meeting/token"
 
-signalled= preempted= stopped= driver=
+signalled= preempted= stopped= driver= nodes=()
 pass_on() { signalled=1; [ -z "$$driver" ] || kill -USR1 "$$driver"; }  # srun would take SIGTERM for its own
 trap 'preempted=1; pass_on' USR1
 trap 'stopped=1; pass_on' TERM
 
 ended() {
+    kill -USR2 "$${nodes[@]}" 2> /dev/null  # to end; srun passes it on
+    for _ in {1..40}; do kill -0 "$${nodes[@]}" 2> /dev/null || break; sleep 0.25; done
     rm -rf "$$meeting"
     if [ -z "$$stopped" ] && [ -n "$requeue" ] && { [ "$$1" = 75 ] || { [ -n "$$preempted" ] && [ "$$1" != 0 ]; }; }; then
         echo "the job is queued again; it goes on from its newest checkpoint"
@@ -32,7 +34,7 @@ neighbour=  # tells the head on which network it is: Slurm's address of another 
 [ -z "$${hosts[1]:-}" ] || neighbour=$$(scontrol show node "$${hosts[1]}" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
 $steps
 (trap '' USR1; exec "$${on_head[@]}" $node head --folder "$$meeting" --toward "$$neighbour" $sizes) &
-head=$$!
+head=$$! nodes+=($$!)
 $workers
 until [ -s "$$meeting/address" ]; do
     kill -0 "$$head" 2> /dev/null || { echo "Ray's head has not started"; ended 1; }

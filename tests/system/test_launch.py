@@ -268,6 +268,25 @@ def test_a_job_of_a_ray_cluster_is_submitted_followed_stopped_and_resumed(
 
 @pytest.mark.slow
 @needs_hosts
+def test_the_doctor_looks_at_every_node_and_at_what_is_between_them(
+    make_config: MakeConfig, config_file: Path, on_ray: RayHosts, tmp_path: Path
+) -> None:
+    doctor = [sys.executable, "-m", "symile_dist", "doctor", str(config_file), "ray.num_workers=2", "--json"]
+    environment = on_ray.environment | {"RAY_ADDRESS": on_ray.address}
+    process = on_ray.hosts.start(0, doctor, environment, tmp_path / "told.txt")
+    code = process.wait(120)
+    text = (tmp_path / "told.txt").read_text()
+    told = json.loads(text[text.index("{\n") : text.rindex("}") + 1])
+    checks = {each["check"]: each for each in told["findings"]}
+    assert code == 0, [each for each in told["findings"] if each["level"] == "FAIL"]
+    assert "2 nodes" in checks["cluster"]["found"] and "holds the run's 2 ranks" in checks["cluster"]["found"]
+    assert checks["clocks"]["level"] == "OK"
+    assert "between 2 nodes, gloo" in checks["all-reduce"]["found"]
+    assert [each["check"] for each in told["findings"]].count("Python") == 2, "one of each node"
+
+
+@pytest.mark.slow
+@needs_hosts
 def test_a_host_whose_cable_is_cut_and_then_one_that_dies_come_back(
     make_config: MakeConfig, config_file: Path, undisturbed: Config, on_ray: RayHosts
 ) -> None:
