@@ -28,6 +28,8 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser],
         from symile_dist.launch.command import backend_text, prepared
         from symile_dist.launch.command import submit as submit_job
 
+        if options.output and not options.dry_run:
+            raise ValueError("--output: goes with --dry-run, which writes what would be submitted")
         backend, job = prepared(options)
         if options.dry_run:
             text = backend_text(backend, job)
@@ -77,7 +79,7 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser],
     made.add_argument("--on", metavar="BACKEND", help=f"{', '.join(BACKENDS)} (default: the profile's)")
     made.add_argument("--name", help="of the run: run.name")
     size_arguments(made)
-    made.add_argument("--profile", help="settings of a cluster, from profiles.yaml (default: the one called default)")
+    profile_argument(made)
     made.add_argument("--dry-run", action="store_true", help="print what would be submitted; needs no cluster")
     made.add_argument("--output", metavar="FILE", help="with --dry-run: write it there")
     made.add_argument("--wait", action="store_true", help="follow the job; its exit code is this command's")
@@ -125,6 +127,10 @@ def size_arguments(parser: argparse.ArgumentParser, nodes: int | None = 1) -> No
     )
     parser.add_argument("--cpus-per-node", type=int, metavar="C", help="default: what the ranks need")
     parser.add_argument("--time", metavar="T", help="limit: minutes, HH:MM:SS or D-HH:MM:SS")
+
+
+def profile_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--profile", help="settings of a cluster, from profiles.yaml (default: the one called default)")
 
 
 def resume_elsewhere(options: argparse.Namespace, show: Print, examine: Check) -> int | None:

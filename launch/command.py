@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
+import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,11 +22,15 @@ from symile_dist.config import Config, load_config
 from symile_dist.health.lease import is_held, lease_file
 from symile_dist.launch.job import ENDED, Job, JobStatus, backend_named, minutes_of, sizes
 from symile_dist.launch.profiles import Profile, profile_named
-from symile_dist.launch.records import known_record, new_id, record_of, records, remember
-from symile_dist.run_directory import check, load_run, read_run
+from symile_dist.launch.records import check_state_folder, known_record, new_id, record_of, records, remember
+from symile_dist.run_directory import CONFIG_FILE, check, load_run, read_run
 from symile_dist.storage import write_text
 
 WAIT_SECONDS = 2.0
+PATIENCE_SECONDS = 600.0
+"""A backend that does not answer for so long is no longer waited for."""
+SIZES = ("nodes", "gpus_per_node", "cpus_per_node", "time")
+"""Options that a resumed job has from the one before."""
 SHARING = ("local", "slurm")
 """Backends whose machines see this one's files; of the others the run's directory may be elsewhere."""
 
@@ -63,14 +71,31 @@ def _ranks(options: argparse.Namespace) -> str:
 
 def resubmitted(options: argparse.Namespace, record: dict[str, Any]) -> tuple[str, Job]:
     """(backend, job) of `resume` on the machines on which a run was before."""
-    config = load_run(record["run"], options.overrides)
-    before = record.get("job_sizes") or {}
-    profile = profile_named(record.get("profile"))
-    for name in ("nodes", "gpus_per_node", "cpus_per_node", "time"):
-        if getattr(options, name, None) is None:
+    directory, given = Path(record["run"]), list(options.overrides)
+    config_file = directory / CONFIG_FILE
+    if not config_file.exists():  # its job has not begun
+        config_file = directory / "jobs" / str(record.get("job")) / CONFIG_FILE
+
+    def load(more: list[str]) -> Config:
+        if config_file.exists():
+            place = [f"run.directory={json.dumps(str(directory))}"]
+            return load_config(config_file, [*given, *more, *place]).config
+        return load_run(directory, [*given, *more])
+
+    config, before = load([]), record.get("job_sizes") or {}
+    options.profile = options.profile or record.get("profile")
+    # New sizes mean new ranks, unless these are given too.
+    resized = options.nodes is not None or options.gpus_per_node is not None
+    workers_given = not resized or any(override.startswith("ray.num_workers=") for override in given)
+    for name in SIZES:
+        if getattr(options, name) is None and (name != "time" or record["backend"] == before.get("backend")):
             setattr(options, name, before.get(name))
     options.nodes = options.nodes or 1
-    return record["backend"], job_of(config, options, profile, True, resume=True)[1]
+    profile = profile_named(options.profile)
+    overrides, job = job_of(config, options, profile, workers_given, resume=True)
+    if overrides:
+        job = job_of(load(overrides), options, profile, True, resume=True)[1]
+    return record["backend"], job
 
 
 def backend_text(backend_name: str, job: Job) -> str:
@@ -96,22 +121,30 @@ def submit(
         _before_submission(job)
     backend.check(job)
     examine(job.config, backend_name)
-    if seen_here:
+    given = {name: getattr(options, name, None) for name in SIZES} | {"backend": backend_name}
+    try:
+        check_state_folder()
+        with _new_folder(job, seen_here):
+            handle = backend.submit(job)
+    except OSError as error:
+        raise ValueError(f"{error.filename or directory}: cannot be written: {error.strerror or error}") from None
+    return remember(job, backend_name, handle, profile=getattr(options, "profile", None), job_sizes=given)
+
+
+@contextlib.contextmanager
+def _new_folder(job: Job, seen_here: bool) -> Iterator[None]:
+    """The job's folder with its config; it is taken away again where the job is not taken."""
+    if not seen_here:
+        yield
+        return
+    made = next(path for path in (*reversed(job.folder.parents), job.folder) if not path.exists())
+    try:
         job.folder.mkdir(parents=True)
         write_text(job.folder / "config.yaml", job.config.to_yaml())
-    handle = backend.submit(job)
-    return remember(
-        job,
-        backend_name,
-        handle,
-        profile=getattr(options, "profile", None),
-        job_sizes={
-            "nodes": job.nodes,
-            "gpus_per_node": job.gpus_per_node,
-            "cpus_per_node": job.cpus_per_node,
-            "time": str(job.minutes) if job.minutes else None,
-        },
-    )
+        yield
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
 
 
 def _before_submission(job: Job) -> None:
@@ -123,28 +156,34 @@ def _before_submission(job: Job) -> None:
 
 def _refuse_second(directory: Path) -> None:
     """Raises ValueError where a job of the run is queued or under way."""
-    record = known_record(directory)
-    if record and record["backend"]:
-        status = status_of(record)
-        if status.state in ("queued", "running"):
-            raise ValueError(
-                f"{directory}: its job is {status.state} ({status.detail}); `symile-dist stop {directory}` first"
-            )
-    elif is_held(directory):
-        raise ValueError(f"{directory}: a process of this machine trains it; stop it first")
+    record = known_record(directory) or _unsubmitted(directory)
+    status = status_of(record)
+    if status.state in ("queued", "running"):
+        raise ValueError(
+            f"{directory}: its job is {status.state} ({status.detail}); `symile-dist stop {directory}` first"
+        )
 
 
 def status_of(record: dict[str, Any]) -> JobStatus:
     """What the backend says; of a run that was not submitted, what its directory says."""
-    if record["backend"]:
-        return backend_named(record["backend"]).status(record["handle"])
     directory = Path(record["run"])
+    if record["backend"]:
+        found = backend_named(record["backend"]).status(record["handle"])
+        if found.state not in ENDED or not is_held(directory):
+            return found
     told = read_run(directory).get("status", "unknown")
-    if is_held(directory):
-        return JobStatus("running", None, f"process {_holder(directory).get('process')} on this machine")
+    if is_held(directory):  # in a terminal, perhaps after its job has ended
+        holder = _holder(directory)
+        return JobStatus(
+            "running", None, f"process {holder.get('process')} on {holder.get('host')}", {"holder": holder}
+        )
     states: dict[str, Any] = {"finished": "finished", "preempted": "stopped", "interrupted": "stopped"}
     state = states.get(told, "lost" if told in ("running", "restarting", "starting") else "failed")
     return JobStatus(state, None, "not submitted: trained by `symile-dist train`")
+
+
+def _unsubmitted(directory: Path) -> dict[str, Any]:
+    return {"name": directory.name, "run": str(directory), "backend": None, "handle": {}}
 
 
 def _holder(directory: Path) -> dict[str, Any]:
@@ -254,12 +293,15 @@ def stop(run: str, now: bool) -> str:
     found = status_of(record)
     if found.state in ENDED:
         raise ValueError(f"{record['name']}: has ended already ({found.state})")
-    if record["backend"]:
+    holder = found.facts.get("holder")
+    if holder is None:
         backend_named(record["backend"]).stop(record["handle"], now)
+    elif holder.get("host") != socket.gethostname() or not isinstance(holder.get("process"), int):
+        raise ValueError(
+            f"{record['name']}: is held by process {holder.get('process')} on {holder.get('host')}; stop it there"
+        )
     else:
-        import signal
-
-        os.kill(int(_holder(Path(record["run"]))["process"]), signal.SIGINT if now else signal.SIGTERM)
+        os.kill(holder["process"], signal.SIGINT if now else signal.SIGTERM)
     return f"{record['name']}: {'ended' if now else 'asked to save and stop'}"
 
 
@@ -270,7 +312,17 @@ def wait(record: dict[str, Any], show: bool) -> int:
         for piece in backend.logs(record["handle"], follow=True):
             sys.stdout.write(piece)
             sys.stdout.flush()
-    while (found := backend.status(record["handle"])).state not in ENDED:
+    unanswered = 0
+    while True:
+        try:
+            found, unanswered = backend.status(record["handle"]), 0
+        except ValueError:
+            unanswered += 1
+            if unanswered * WAIT_SECONDS > PATIENCE_SECONDS:
+                raise
+        else:
+            if found.state in ENDED:
+                break
         time.sleep(WAIT_SECONDS)
     if found.exit_code is not None:
         return found.exit_code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -76,13 +77,21 @@ def output_of(arguments: list[str], what: str, text: str | None = None, seconds:
     return done.stdout
 
 
-def pieces_of(path: Path, follow: bool, ended: Callable[[], bool]) -> Iterator[str]:
-    """What a file holds, and with `follow` what is added to it until `ended`."""
-    last = not follow
+def pieces_of(path: Path, follow: bool, ended: Callable[[], bool], ask_seconds: float = 0.0) -> Iterator[str]:
+    """What a file holds, and with `follow` what is added to it until `ended`, which is asked every `ask_seconds`."""
+    last, asked = not follow, -math.inf
+
+    def over() -> bool:
+        nonlocal asked
+        if time.monotonic() - asked < ask_seconds:
+            return False
+        asked = time.monotonic()
+        return ended()
+
     while not path.exists():
         if last:
             return
-        last = ended()
+        last = over()
         time.sleep(POLL_SECONDS)
     with open(path, encoding="utf-8", errors="replace", newline="") as file:
         while True:
@@ -92,7 +101,7 @@ def pieces_of(path: Path, follow: bool, ended: Callable[[], bool]) -> Iterator[s
             elif last:
                 return
             else:
-                last = ended()  # what was written until then is read once more
+                last = over()  # what was written until then is read once more
                 time.sleep(0 if last else POLL_SECONDS)
 
 

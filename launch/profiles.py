@@ -19,7 +19,9 @@ from symile_dist.config import Section
 from symile_dist.registry import suggestion
 
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
-SECRET_WORDS = ("SECRET", "PASSWORD", "TOKEN", "ACCESS_KEY", "CREDENTIAL", "API_KEY")
+SECRET_NAME = r".*(SECRET|PASSWORD|PASSWD|CREDENTIALS?|TOKEN|KEY|PAT)$"
+SECRET_VALUE = r".*://[^/\s]*:[^/\s]*@"
+"""A URL with a password."""
 
 
 class SlurmProfile(Section):
@@ -54,7 +56,7 @@ class SlurmProfile(Section):
 class RayProfile(Section):
     address: str | None = None
     """Of the cluster's dashboard, e.g. http://head:8265; RAY_API_SERVER_ADDRESS, else RAY_ADDRESS when left out."""
-    token: str | None = None
+    token: Annotated[str, Field(pattern=r"^(env:[A-Za-z_][A-Za-z0-9_]*|file:.+)$")] | None = None
     """Where the cluster's token is: env:NAME or file:/path; Ray's own places (RAY_AUTH_TOKEN, ~/.ray/auth_token) when
     left out."""
     working_dir: str | None = None
@@ -182,8 +184,8 @@ class Profile(Section):
     @field_validator("environment")
     @classmethod
     def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
-        for name in value:
-            if any(word in name.upper() for word in SECRET_WORDS):
+        for name, text in value.items():
+            if re.match(SECRET_NAME, name.upper()) or re.match(SECRET_VALUE, text):
                 raise ValueError(f"{name}: a secret does not stand here; name its place under `secrets`")
         return value
 

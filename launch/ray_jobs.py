@@ -29,7 +29,23 @@ STATES: dict[str, State] = {
     "FAILED": "failed",
     "STOPPED": "stopped",
 }
-IGNORED = [".git", ".venv", "venv", "__pycache__", ".*_cache", "*.egg-info", "node_modules", "data", "runs", "*.tar"]
+IGNORED = [
+    ".env*",
+    "*.pem",
+    ".aws",
+    ".ssh",
+    ".netrc",
+    ".git",
+    ".venv",
+    "venv",
+    "__pycache__",
+    ".*_cache",
+    "*.egg-info",
+    "node_modules",
+    "data",
+    "runs",
+    "*.tar",
+]
 CONFIG = ".symile-dist.yaml"
 
 
@@ -76,7 +92,7 @@ class RayJobsBackend:
         with tempfile.TemporaryDirectory(prefix="symile-") as folder:
             for name in staged_files(job):
                 (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(Path(job.profile.ray.working_dir or ".") / name, Path(folder) / name)
+                shutil.copyfile(Path(job.profile.ray.working_dir or ".").expanduser() / name, Path(folder) / name)
             (Path(folder) / CONFIG).write_text(job.config.to_yaml(), encoding="utf-8")
             what["runtime_env"]["working_dir"] = folder
             try:

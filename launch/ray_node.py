@@ -73,15 +73,15 @@ def answers(address: str) -> bool:
     return True
 
 
-def ray_start(ip: str, temporary: Path, arguments: list[str], options: argparse.Namespace) -> list[str]:
-    """The command that runs a node until it is ended."""
+def ray_start(ip: str, temporary: Path, arguments: list[str], options: argparse.Namespace) -> tuple[list[str], str]:
+    """(the command that runs a node until it is ended, the address at which the node answers once it is up)."""
     kinds = ["node-manager", "object-manager", "dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent"]
     ports = free_ports(len(kinds) + 1, ip)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
     command += [f"--node-ip-address={ip}", f"--temp-dir={temporary}", *arguments]
     command += [f"--{kind}-port={port}" for kind, port in zip(kinds, ports, strict=False)]
     command += [f"--metrics-export-port={ports[-1]}", f"--num-cpus={options.cpus}", f"--num-gpus={options.gpus}"]
-    return command
+    return command, f"{ip}:{ports[0]}"
 
 
 def run_head(options: argparse.Namespace, asked: Asked, temporary: Path) -> int:
@@ -92,11 +92,13 @@ def run_head(options: argparse.Namespace, asked: Asked, temporary: Path) -> int:
         arguments = ["--head", f"--port={port}", f"--ray-client-server-port={client}", "--include-dashboard=false"]
         if options.dashboard:
             arguments[-1:] = ["--include-dashboard=true", f"--dashboard-host={ip}", f"--dashboard-port={dashboard}"]
-        process = subprocess.Popen(ray_start(ip, temporary, arguments, options), stdout=subprocess.DEVNULL)
-        while process.poll() is None and not asked() and not answers(f"{ip}:{port}"):
+        command, own = ray_start(ip, temporary, arguments, options)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while process.poll() is None and not asked() and not (answers(f"{ip}:{port}") and answers(own)):
             time.sleep(0.2)
         if process.poll() is not None and not asked():
-            continue  # a port was taken meanwhile
+            end_descendants()  # a port was taken meanwhile, or the machine was too busy
+            continue
         if options.dashboard:
             (options.folder / DASHBOARD).write_text(f"http://{ip}:{dashboard}")
         (options.folder / f".{ADDRESS}").write_text(f"{ip}:{port}")
@@ -123,7 +125,7 @@ def run_worker(options: argparse.Namespace, asked: Asked, temporary: Path) -> in
             if asked() or time.monotonic() > deadline:
                 return 0
             time.sleep(1)
-        command = ray_start(ip, temporary, [f"--address={head}"], options)
+        command, _ = ray_start(ip, temporary, [f"--address={head}"], options)
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         if ends_with_parent(process, asked) is None:
             return 0

@@ -7,12 +7,14 @@ does not see is known by a copy in the user's state folder (~/.local/state/symil
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from symile_dist.launch import BACKENDS
 from symile_dist.launch.job import Job
 from symile_dist.run_directory import CONFIG_FILE, RUN_FILE, read_run, update_run
 from symile_dist.storage import read_json, write_json
@@ -31,6 +33,31 @@ def new_id(directory: Path) -> str:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = [stamp, *(f"{stamp}-{number}" for number in range(2, 100))]
     return next(name for name in names if not (directory / JOBS / name).exists())
+
+
+def check_state_folder() -> None:
+    """Raises OSError where records cannot be written: a job that nobody finds again must not be started."""
+    folder = state_folder() / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
+def _is_record(content: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether it is one: files may be cut, or written by hand."""
+    kinds = {"name": str, "handle": dict}
+    if not isinstance(content, dict) or content.get("backend") not in BACKENDS:
+        return False
+    return all(isinstance(content.get(key), kind) for key, kind in kinds.items())
+
+
+def _here(record: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """A record that was found in a run's directory, which may have been moved."""
+    handle = dict(record["handle"])
+    folder = directory / JOBS / str(record.get("job"))
+    if "folder" in handle and folder.is_dir():
+        handle["folder"] = str(folder)
+    return {**record, "run": str(directory), "handle": handle}
 
 
 def remember(job: Job, backend: str, handle: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -60,10 +87,12 @@ def _index_name(directory: Path) -> str:
 def known_record(directory: Path) -> dict[str, Any] | None:
     """The newest record of the run in a directory, which may be one that this machine does not see."""
     known = read_run(directory).get("launch")
-    if isinstance(known, dict) and "backend" in known:
-        return {**known, "run": str(directory)}
-    index = state_folder() / "runs" / _index_name(directory)
-    return read_json(index) if index.exists() else None
+    if _is_record(known):
+        return _here(known, directory)
+    with contextlib.suppress(OSError, ValueError):
+        content = read_json(state_folder() / "runs" / _index_name(directory))
+        return content if _is_record(content) else None
+    return None
 
 
 def record_of(run: str) -> dict[str, Any]:
@@ -76,8 +105,8 @@ def record_of(run: str) -> dict[str, Any]:
         if (directory / RUN_FILE).exists() or (directory / CONFIG_FILE).exists():
             directory = directory.resolve()
             known = read_run(directory).get("launch")
-            if isinstance(known, dict) and "backend" in known:
-                return {**known, "run": str(directory)}
+            if _is_record(known):
+                return _here(known, directory)
             return {"name": directory.name, "run": str(directory), "backend": None, "handle": {}}
     named = [record for record in records() if record["name"] == run or record["run"] == str(Path(run).absolute())]
     if not named:
@@ -89,7 +118,7 @@ def record_of(run: str) -> dict[str, Any]:
         raise ValueError(f"{run}: several runs are called so; name a directory: {', '.join(r['run'] for r in named)}")
     directory = Path(named[0]["run"])
     newer = read_run(directory).get("launch") if directory.is_dir() else None
-    return {**newer, "run": str(directory)} if isinstance(newer, dict) and "backend" in newer else named[0]
+    return _here(newer, directory) if _is_record(newer) else named[0]
 
 
 def records() -> list[dict[str, Any]]:
@@ -99,12 +128,13 @@ def records() -> list[dict[str, Any]]:
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
         with contextlib.suppress(OSError, ValueError, KeyError):
             record = read_json(file)
-            found[record["run"]] = record
+            if _is_record(record):
+                found[str(Path(record["run"]).resolve())] = record
     for file in Path("runs").glob(f"*/{RUN_FILE}"):
         directory = file.parent.resolve()
         record = read_run(directory).get("launch")
-        if isinstance(record, dict) and "backend" in record:
-            found[str(directory)] = {**record, "run": str(directory)}
+        if _is_record(record):
+            found[str(directory)] = _here(record, directory)
         elif str(directory) not in found:
             created = read_run(directory).get("created", 0.0)
             found[str(directory)] = {

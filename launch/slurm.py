@@ -14,7 +14,7 @@ from string import Template
 from typing import Any
 
 from symile_dist.launch.environment import plain_environment, refuse_references, taken_from_here
-from symile_dist.launch.job import Job, JobStatus, State
+from symile_dist.launch.job import ENDED, Job, JobStatus, State
 from symile_dist.launch.local import OUTPUT, exit_code_of, state_of
 from symile_dist.launch.processes import output_of, pieces_of
 from symile_dist.launch.records import state_folder
@@ -49,7 +49,7 @@ def script_of(job: Job) -> str:
     folder, state = quote(str(job.folder)), quote(str(state_folder()))
     directives = {
         "job-name": job.name,
-        "output": str(job.folder / OUTPUT),
+        "output": str(job.folder / OUTPUT).replace("%", "%%"),
         "open-mode": "append",
         "nodes": str(job.nodes),
         "ntasks-per-node": "1",
@@ -62,6 +62,11 @@ def script_of(job: Job) -> str:
         "constraint": slurm.constraint,
         "reservation": slurm.reservation,
     }
+    if job.minutes and job.minutes * 60 <= slurm.grace_seconds:
+        raise ValueError(
+            f"--time: {job.minutes} minutes are not more than slurm.grace_seconds = {slurm.grace_seconds}, in which "
+            "the job is to save"
+        )
     if job.gpus_per_node:
         gres = slurm.gpu_option == "gres"
         directives[slurm.gpu_option] = f"gpu:{job.gpus_per_node}" if gres else str(job.gpus_per_node)
@@ -155,11 +160,7 @@ class SlurmBackend:
             return self._accounted(handle)
         told = dict(pair.split("=", 1) for pair in text.split() if "=" in pair)
         state = STATES.get(told.get("JobState", ""), "unknown")
-        code = (
-            int(told.get("ExitCode", "0:0").partition(":")[0]) if state in ("finished", "failed", "stopped") else None
-        )
-        if state == "failed" and code == 75:
-            state = "stopped"
+        state, code = _ended(state, told.get("ExitCode", ""))
         facts = {"id": handle["id"], "nodes": told.get("NodeList", ""), "restarts": int(told.get("Restarts", 0))}
         words = [f"job {handle['id']}", told.get("JobState", "?").lower()]
         if told.get("Reason", "None") != "None":
@@ -177,17 +178,39 @@ class SlurmBackend:
             state, code = "", ""
         words = re.match(r"[A-Z_]*", state)
         known = STATES.get(words[0] if words else "", "lost")
-        number = int(code.partition(":")[0]) if code else None
+        known, number = _ended(known, code)
         return JobStatus(known, number, f"job {handle['id']}, which Slurm no longer knows")
 
     def logs(self, handle: dict[str, Any], follow: bool) -> Iterator[str]:
         output = Path(handle["folder"]) / OUTPUT
-        return pieces_of(output, follow, lambda: self.status(handle).state not in ("queued", "running"))
+
+        def ended() -> bool:
+            try:
+                return self.status(handle).state in ENDED
+            except ValueError:  # slurmctld is away for a while
+                return False
+
+        return pieces_of(output, follow, ended, ask_seconds=3.0)
 
     def stop(self, handle: dict[str, Any], now: bool) -> None:
         waits = self.status(handle).state == "queued"
         how = [] if now or waits else ["--batch", "--signal=TERM"]
         output_of(["scancel", *how, *_cluster(handle), handle["id"]], "slurm")
+
+
+def _ended(state: State, told: str) -> tuple[State, int | None]:
+    """A job's state with its exit code, from Slurm's CODE:SIGNAL; only a job that is complete has the code 0."""
+    if state not in ("finished", "failed", "stopped"):
+        return state, None
+    number, _, signal = told.partition(":")
+    code = int(number) if number.isdecimal() else 0
+    if state == "finished":
+        return state, code
+    if state == "failed" and code == 75:
+        return "stopped", code
+    if code == 0:
+        code = 128 + int(signal) if signal.isdecimal() and signal != "0" else 75 if state == "stopped" else 1
+    return state, code
 
 
 def _cluster(handle: dict[str, Any]) -> list[str]:

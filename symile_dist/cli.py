@@ -588,7 +588,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example:\n  symile-dist demo\n  symile-dist train configs/demo.yaml train.steps=100",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    from symile_dist.launch.arguments import add_commands, size_arguments
+    from symile_dist.launch.arguments import add_commands, profile_argument, size_arguments
 
     parser.add_argument("--version", action="version", version=f"symile-dist {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -619,6 +619,7 @@ def build_parser() -> argparse.ArgumentParser:
     resume.add_argument("--on", metavar="BACKEND", help="`here`, or as of `submit` (default: where the run was)")
     resume.add_argument("--wait", action="store_true", help="where it was submitted: follow the job to its end")
     size_arguments(resume, nodes=None)
+    profile_argument(resume)
 
     add_commands(commands, _command, _print_result, _examine)
 

@@ -44,12 +44,16 @@ def start_ray(config: Config) -> None:
     Where a launcher has said that more nodes are coming it waits for them, ray.wait_for_nodes_seconds at most. Raises
     ValueError when the cluster cannot hold the run: Ray itself would wait for ever.
     """
-    nodes = join_ray(config.ray.cpus_per_worker * config.world_size)
-    deadline = time.monotonic() + config.ray.wait_for_nodes_seconds
-    while len(nodes) < expected_nodes() and time.monotonic() < deadline:
+    join_ray(config.ray.cpus_per_worker * config.world_size)
+    fitted(config, wait_for_nodes(config.ray.wait_for_nodes_seconds))
+
+
+def wait_for_nodes(seconds: float) -> list[Node]:
+    """The cluster's nodes: where a launcher has said how many are coming, all of them, or those of so many seconds."""
+    deadline = time.monotonic() + seconds
+    while len(nodes := living_nodes()) < expected_nodes() and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-        nodes = living_nodes()
-    fitted(config, nodes)
+    return nodes
 
 
 def fitted(config: Config, nodes: Sequence[Node]) -> Config:

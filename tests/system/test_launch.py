@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from symile_dist.config import Config
+from symile_dist.environment import EXPECTED_NODES
 from symile_dist.failpoints import VARIABLE as FAILPOINTS
 from symile_dist.run_directory import read_run
 from tests import slurm as real_slurm
@@ -134,7 +135,7 @@ def test_two_nodes_of_this_machine_stop_and_go_on(
     command("stop", "local")
     until(lambda: told("local")["state"] == "stopped", "the job does not stop")
     assert told("local")["exit_code"] == 75
-    until(lambda: not with_variable("SYMILE_DIST_EXPECTED_NODES", "2"), "processes of the job are left", 30)
+    until(lambda: not with_variable(EXPECTED_NODES, "2"), "processes of the job are left", 30)
     command("resume", "local", "--wait")
     assert told("local")["state"] == "finished"
     assert state_digests(config, STEPS) == state_digests(undisturbed, STEPS)
@@ -272,7 +273,7 @@ def test_the_doctor_looks_at_every_node_and_at_what_is_between_them(
     make_config: MakeConfig, config_file: Path, on_ray: RayHosts, tmp_path: Path
 ) -> None:
     doctor = [sys.executable, "-m", "symile_dist", "doctor", str(config_file), "ray.num_workers=2", "--json"]
-    environment = on_ray.environment | {"RAY_ADDRESS": on_ray.address}
+    environment = on_ray.environment | {"RAY_ADDRESS": on_ray.address, EXPECTED_NODES: "2"}
     process = on_ray.hosts.start(0, doctor, environment, tmp_path / "told.txt")
     code = process.wait(120)
     text = (tmp_path / "told.txt").read_text()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from symile_dist.cluster import fitted, join_ray
+from symile_dist.cluster import fitted, join_ray, wait_for_nodes
 from symile_dist.config import Config
 from symile_dist.tools.doctor.bandwidth import measure, told
 from symile_dist.tools.doctor.finding import Finding, checked, fail, ok, warn
@@ -47,7 +47,8 @@ def cluster(config: Config | None) -> list[Finding]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     gpus = config is not None and config.ray.gpus_per_worker > 0
-    nodes = join_ray(1)
+    join_ray(1)
+    nodes = wait_for_nodes(NODE_SECONDS)
     found = checked("cluster", lambda: _room(config, nodes))
     asked: list[Any] = []
     for node in nodes:

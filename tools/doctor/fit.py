@@ -14,9 +14,9 @@ SAMPLES = 4
 
 
 def config_fits(config: Config) -> Iterator[Finding]:
-    """What `train` checks before it begins."""
+    """What `train` checks before it begins, with what the run's directory holds."""
     try:
-        warnings = preflight(config, fresh=True)
+        warnings = preflight(config)
     except ValueError as error:
         for line in str(error).splitlines():
             yield fail("config", line, "see the message; `symile-dist config explain CONFIG` tells every key")
