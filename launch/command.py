@@ -22,7 +22,7 @@ from symile_dist.config import Config, load_config
 from symile_dist.health.lease import is_held, lease_file
 from symile_dist.launch.job import ENDED, Job, JobStatus, backend_named, minutes_of, sizes
 from symile_dist.launch.profiles import Profile, profile_named
-from symile_dist.launch.records import check_state_folder, known_record, new_id, record_of, records, remember
+from symile_dist.launch.records import known_record, new_id, record_of, records, remember, submitting
 from symile_dist.run_directory import CONFIG_FILE, check, load_run, read_run
 from symile_dist.storage import write_text
 
@@ -123,12 +123,13 @@ def submit(
     examine(job.config, backend_name)
     given = {name: getattr(options, name, None) for name in SIZES} | {"backend": backend_name}
     try:
-        check_state_folder()
-        with _new_folder(job, seen_here):
-            handle = backend.submit(job)
+        with submitting(directory):
+            _refuse_second(directory)  # another may have been faster
+            with _new_folder(job, seen_here):
+                handle = backend.submit(job)
+            return remember(job, backend_name, handle, profile=getattr(options, "profile", None), job_sizes=given)
     except OSError as error:
         raise ValueError(f"{error.filename or directory}: cannot be written: {error.strerror or error}") from None
-    return remember(job, backend_name, handle, profile=getattr(options, "profile", None), job_sizes=given)
 
 
 @contextlib.contextmanager

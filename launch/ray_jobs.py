@@ -132,6 +132,8 @@ class RayJobsBackend:
             raise ValueError(f"ray: {error}") from None
 
     def stop(self, handle: dict[str, Any], now: bool) -> None:
+        if now:
+            raise ValueError("--now: Ray gives every job its time to save; leave it out")
         client = _client(handle["address"], handle.get("token"))
         try:
             client.stop_job(handle["id"])

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -41,6 +43,18 @@ def check_state_folder() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
+@contextlib.contextmanager
+def submitting(directory: Path) -> Iterator[None]:
+    """Of several submissions of a run at once, by this user, the others wait for the first.
+
+    Raises OSError where records cannot be written.
+    """
+    check_state_folder()
+    with open((state_folder() / "runs" / _index_name(directory)).with_suffix(".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _is_record(content: Any) -> TypeGuard[dict[str, Any]]:

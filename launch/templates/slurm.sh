@@ -12,10 +12,13 @@ mkdir -p "$$meeting"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$$meeting/token"
 od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > "$$meeting/token"
 
-signalled= preempted= stopped= driver= nodes=()
-pass_on() { signalled=1; [ -z "$$driver" ] || kill -USR1 "$$driver"; }  # srun would take SIGTERM for its own
+signalled= passed_on= preempted= stopped= driver= nodes=()
+pass_on() {  # as SIGUSR1: srun would take SIGTERM for its own. Once: a second one would end the driver in mid-save
+    signalled=1
+    [ -z "$$driver" ] || [ -n "$$passed_on" ] || { passed_on=1; kill -USR1 "$$driver"; }
+}
 trap 'preempted=1; pass_on' USR1
-trap 'stopped=1; pass_on' TERM
+trap '[ -n "$$preempted" ] || stopped=1; pass_on' TERM  # after SIGUSR1 it is Slurm's, whose time is over
 
 ended() {
     kill -USR2 "$${nodes[@]}" 2> /dev/null  # to end; srun passes it on

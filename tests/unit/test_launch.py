@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import fcntl
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,14 +18,16 @@ import yaml
 
 from symile_dist.cli import main
 from symile_dist.config import parse_config
+from symile_dist.health.lease import lease_file, locked
 from symile_dist.launch import BACKENDS
-from symile_dist.launch.job import Job, backend_named, minutes_of, sizes
+from symile_dist.launch.command import _refuse_second, resubmitted, status_of
+from symile_dist.launch.job import Job, State, backend_named, minutes_of, sizes
 from symile_dist.launch.local import LocalBackend, state_of
 from symile_dist.launch.processes import identity, pieces_of
 from symile_dist.launch.profiles import Profile, load_profiles
 from symile_dist.launch.ray_jobs import staged_files
 from symile_dist.launch.records import new_id, record_of, records, remember
-from symile_dist.launch.slurm import script_of
+from symile_dist.launch.slurm import _ended, script_of
 from symile_dist.run_directory import check, prepare, read_run
 from tests.shards import config_text
 
@@ -349,7 +354,7 @@ def test_exit_codes(code: int, state: str) -> None:
 
 def test_a_job_whose_process_is_gone_is_lost_and_another_process_is_not_it(home: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    handle = {"folder": str(home), "host": __import__("socket").gethostname(), "process": identity(child.pid)}
+    handle = {"folder": str(home), "host": socket.gethostname(), "process": identity(child.pid)}
     assert LocalBackend().status(handle).state == "running"
     later = handle | {"process": {"pid": child.pid, "started": time.time() + 60}}
     assert LocalBackend().status(later).state == "lost", "a process that has only the number"
@@ -387,3 +392,151 @@ def test_the_profile_s_schema_is_documented() -> None:
         if hasattr(model, "model_fields"):
             assert not undocumented(model), model
     assert yaml.safe_dump(Profile().model_dump()) and json.dumps(Profile.model_json_schema())
+
+
+# -- what a review found ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "told", "expected"),
+    [
+        ("finished", "0:0", ("finished", 0)),
+        ("failed", "3:0", ("failed", 3)),
+        ("failed", "75:0", ("stopped", 75)),
+        ("stopped", "0:9", ("stopped", 137)),
+        ("stopped", "0:0", ("stopped", 75)),
+        ("failed", "0:53", ("failed", 181)),
+        ("failed", "0:0", ("failed", 1)),
+        ("failed", "", ("failed", 1)),
+        ("running", "0:0", ("running", None)),
+    ],
+)
+def test_only_a_complete_job_of_slurm_has_the_code_0(
+    state: State, told: str, expected: tuple[State, int | None]
+) -> None:
+    assert _ended(state, told) == expected
+
+
+def test_a_process_of_another_host_is_not_ended_here(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = job(shards).config
+    prepare(config, fresh=False, resume=False)
+    bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    lock = lease_file(config.run_directory)
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        json.dump({"process": bystander.pid, "host": "elsewhere"}, file)
+        file.flush()
+        assert "on elsewhere; stop it there" in refused(capsys, "stop", "mine")
+        assert bystander.poll() is None, "a process of this machine that has the number was ended"
+    bystander.communicate()
+
+
+def test_a_run_that_trains_in_a_terminal_after_its_job_is_running(shards: Path, config_file: Path) -> None:
+    one = job(shards)
+    prepare(one.config, fresh=False, resume=False)
+    one.folder.mkdir(parents=True)
+    (one.folder / "exit_code").write_text("2\n")
+    remember(
+        one, "local", {"folder": str(one.folder), "host": socket.gethostname(), "process": {"pid": 1, "started": 0}}
+    )
+    assert status_of(record_of("mine")).state == "failed"
+    with locked(one.config.run_directory):
+        assert status_of(record_of("mine")).state == "running"
+        with pytest.raises(ValueError, match=r"stop .* first"):
+            _refuse_second(one.config.run_directory)
+
+
+def test_without_a_place_for_records_nothing_is_started(
+    config_file: Path, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "blocked").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "blocked"))
+    assert "blocked" in refused(capsys, "submit", config_file, "--on", "local")
+
+
+def test_what_a_backend_refuses_leaves_nothing(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: LocalBackend, job: Job) -> dict[str, Any]:
+        raise ValueError("no room")
+
+    monkeypatch.setattr(LocalBackend, "submit", refuse)
+    assert "no room" in refused(capsys, "submit", config_file, "--on", "local")
+
+
+@pytest.mark.parametrize("content", ['{"launch": {"backend": "local"}}', "[]", '{"launch": 3}', "{", '{"launch": []}'])
+def test_a_damaged_record_is_none(shards: Path, home: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = job(shards).config
+    prepare(config, fresh=False, resume=False)
+    (config.run_directory / "run.json").write_text(content)
+    index = home / "state" / "symile-dist" / "runs" / "x.json"
+    index.parent.mkdir(parents=True)
+    index.write_text(content)
+    assert main(["list"]) == 0 and main(["status", "mine"]) == 0
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_moved_run_is_still_what_it_was(shards: Path, home: Path) -> None:
+    one = job(shards)
+    prepare(one.config, fresh=False, resume=False)
+    one.folder.mkdir(parents=True)
+    (one.folder / "exit_code").write_text("0\n")
+    (one.folder / "output.txt").write_text("words\n")
+    remember(
+        one, "local", {"folder": str(one.folder), "host": socket.gethostname(), "process": {"pid": 1, "started": 0}}
+    )
+    os.rename(one.config.run_directory, home / "moved")
+    record = record_of(str(home / "moved"))
+    assert status_of(record).state == "finished"
+    assert "".join(LocalBackend().logs(record["handle"], follow=False)) == "words\n"
+
+
+def resume_options(**given: Any) -> argparse.Namespace:
+    nothing = dict.fromkeys(("nodes", "gpus_per_node", "cpus_per_node", "time", "profile"))
+    return argparse.Namespace(**nothing | {"overrides": []} | given)
+
+
+def test_a_resume_of_another_size_has_other_ranks(shards: Path) -> None:
+    one = job(shards)
+    prepare(one.config, fresh=False, resume=False)
+    record = {"run": str(one.config.run_directory), "backend": "slurm", "job_sizes": {"nodes": 2, "time": "90"}}
+    _, same = resubmitted(resume_options(), record | {"job_sizes": {"nodes": 2, "time": "90", "backend": "slurm"}})
+    assert (same.nodes, same.config.world_size, same.minutes, same.resume) == (2, 2, 90, True)
+    _, larger = resubmitted(resume_options(nodes=3, gpus_per_node=2), record)
+    assert (larger.config.world_size, larger.config.ray.gpus_per_worker, larger.minutes) == (6, 1, None)
+    _, given = resubmitted(resume_options(gpus_per_node=2, overrides=["ray.num_workers=4"]), record)
+    assert (given.config.world_size, given.config.ray.gpus_per_worker) == (4, 1)
+
+
+def test_a_job_that_never_began_is_resumed_from_what_was_submitted(shards: Path) -> None:
+    one = job(shards)
+    one.folder.mkdir(parents=True)
+    (one.folder / "config.yaml").write_text(one.config.to_yaml())
+    record = {"run": str(one.config.run_directory), "backend": "local", "job": one.id}
+    _, again = resubmitted(resume_options(nodes=2), record)
+    assert again.config.digest() == one.config.digest()
+
+
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "WANDB_KEY", "GH_PAT", "HF_TOKEN"])
+def test_what_looks_like_a_secret_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="does not stand here"):
+        Profile.model_validate({"environment": {name: "x"}})
+
+
+def test_what_only_looks_like_one_is_not() -> None:
+    Profile.model_validate({"environment": {"TOKENIZERS_PARALLELISM": "false", "AWS_SHARED_CREDENTIALS_FILE": "/c"}})
+    with pytest.raises(ValueError, match="does not stand here"):
+        Profile.model_validate({"environment": {"DATABASE": "postgres://user:word@host/x"}})
+    with pytest.raises(ValueError, match=r"ray\.token"):
+        Profile.model_validate({"ray": {"token": "supersecret"}})
+
+
+def test_paths_and_times_that_sbatch_takes_for_something_else(shards: Path) -> None:
+    config = parse_config(config_text(shards), "x", ["run.directory=/runs/50%j"]).config
+    assert "--output=/runs/50%%j/jobs/" in script_of(Job(config, 1, 0, 1, Profile(), "1"))
+    with pytest.raises(ValueError, match="grace_seconds"):
+        script_of(job(shards, minutes=2))
+
+
+def test_output_without_a_dry_run_is_refused(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--dry-run" in refused(capsys, "submit", config_file, "--on", "local", "--output", "x.txt")
