@@ -178,7 +178,8 @@ def status_of(record: dict[str, Any]) -> JobStatus:
         return JobStatus(
             "running", None, f"process {holder.get('process')} on {holder.get('host')}", {"holder": holder}
         )
-    states: dict[str, Any] = {"finished": "finished", "preempted": "stopped", "interrupted": "stopped"}
+    states: dict[str, Any] = {"finished": "finished", "unknown": "unknown"}
+    states |= dict.fromkeys(("preempted", "interrupted", "forked"), "stopped")
     state = states.get(told, "lost" if told in ("running", "restarting", "starting") else "failed")
     return JobStatus(state, None, "not submitted: trained by `symile-dist train`")
 
