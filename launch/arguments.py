@@ -19,9 +19,9 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser],
     """Adds submit, status, logs, stop and list.
 
     Args:
-        examine: is asked before every submission.
         command: makes one, as `cli._command`.
         show: prints a result as text or as JSON, as `cli._print_result`.
+        examine: is asked before every submission.
     """
 
     def submit(options: argparse.Namespace) -> int:

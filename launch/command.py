@@ -19,11 +19,12 @@ from typing import Any
 from rich.table import Table
 
 from symile_dist.config import Config, load_config
-from symile_dist.health.lease import is_held, lease_file
-from symile_dist.launch.job import ENDED, Job, JobStatus, backend_named, minutes_of, sizes
+from symile_dist.health.lease import holder_of, is_held
+from symile_dist.launch.job import ENDED, Job, JobStatus, backend_named, minutes_of, node_sizes, rank_overrides
+from symile_dist.launch.processes import pieces_of
 from symile_dist.launch.profiles import Profile, profile_named
 from symile_dist.launch.records import known_record, new_id, record_of, records, remember, submitting
-from symile_dist.run_directory import CONFIG_FILE, check, load_run, read_run
+from symile_dist.run_directory import check, load_run, read_run
 from symile_dist.storage import write_text
 
 WAIT_SECONDS = 2.0
@@ -35,14 +36,12 @@ SHARING = ("local", "slurm")
 """Backends whose machines see this one's files; of the others the run's directory may be elsewhere."""
 
 
-def job_of(
-    config: Config, options: argparse.Namespace, profile: Profile, workers_given: bool, resume: bool
-) -> tuple[list[str], Job]:
-    """The overrides that the nodes mean, and the job without them."""
-    overrides, gpus, cpus = sizes(config, options.nodes, options.gpus_per_node, options.cpus_per_node, workers_given)
+def job_of(config: Config, options: argparse.Namespace, profile: Profile, resume: bool) -> Job:
+    """Raises ValueError where the nodes do not hold the config's ranks."""
+    gpus, cpus = node_sizes(config, options.nodes, options.gpus_per_node, options.cpus_per_node)
     config = config.with_absolute_paths()
     minutes = minutes_of(options.time) if options.time else None
-    return overrides, Job(config, options.nodes, gpus, cpus, profile, new_id(config.run_directory), minutes, resume)
+    return Job(config, options.nodes, gpus, cpus, profile, new_id(config.run_directory), minutes, resume)
 
 
 def prepared(options: argparse.Namespace) -> tuple[str, Job]:
@@ -53,49 +52,23 @@ def prepared(options: argparse.Namespace) -> tuple[str, Job]:
         raise ValueError("--on: where to? local, ray, kuberay or slurm (or a profile that says it)")
     backend_named(backend)
     given = list(options.overrides) + ([f"run.name={json.dumps(options.name)}"] if options.name else [])
-    workers_given = any(override.startswith("ray.num_workers=") for override in given)
-    # The nodes give the ranks: what the file says of them need not fit the batch.
-    config = load_config(
-        options.config, given if workers_given or not options.gpus_per_node else [*given, _ranks(options)]
-    )
-    overrides, job = job_of(config.config, options, profile, workers_given, resume=False)
-    if overrides:
-        config = load_config(options.config, [*given, *overrides])
-        job = job_of(config.config, options, profile, True, resume=False)[1]
-    return backend, job
-
-
-def _ranks(options: argparse.Namespace) -> str:
-    return f"ray.num_workers={max(1, options.nodes) * max(1, options.gpus_per_node)}"
+    config = load_config(options.config, [*given, *rank_overrides(options.nodes, options.gpus_per_node, given)]).config
+    return backend, job_of(config, options, profile, resume=False)
 
 
 def resubmitted(options: argparse.Namespace, record: dict[str, Any]) -> tuple[str, Job]:
     """(backend, job) of `resume` on the machines on which a run was before."""
-    directory, given = Path(record["run"]), list(options.overrides)
-    config_file = directory / CONFIG_FILE
-    if not config_file.exists():  # its job has not begun
-        config_file = directory / "jobs" / str(record.get("job")) / CONFIG_FILE
-
-    def load(more: list[str]) -> Config:
-        if config_file.exists():
-            place = [f"run.directory={json.dumps(str(directory))}"]
-            return load_config(config_file, [*given, *more, *place]).config
-        return load_run(directory, [*given, *more])
-
-    config, before = load([]), record.get("job_sizes") or {}
-    options.profile = options.profile or record.get("profile")
-    # New sizes mean new ranks, unless these are given too.
+    before, given = record.get("job_sizes") or {}, list(options.overrides)
     resized = options.nodes is not None or options.gpus_per_node is not None
-    workers_given = not resized or any(override.startswith("ray.num_workers=") for override in given)
     for name in SIZES:
         if getattr(options, name) is None and (name != "time" or record["backend"] == before.get("backend")):
             setattr(options, name, before.get(name))
     options.nodes = options.nodes or 1
-    profile = profile_named(options.profile)
-    overrides, job = job_of(config, options, profile, workers_given, resume=True)
-    if overrides:
-        job = job_of(load(overrides), options, profile, True, resume=True)[1]
-    return record["backend"], job
+    options.profile = options.profile or record.get("profile")
+    # Without new sizes the ranks are those that the run has.
+    ranks = rank_overrides(options.nodes, options.gpus_per_node, given) if resized else []
+    config = load_run(record["run"], [*given, *ranks])
+    return record["backend"], job_of(config, options, profile_named(options.profile), resume=True)
 
 
 def backend_text(backend_name: str, job: Job) -> str:
@@ -113,12 +86,10 @@ def submit(
     """
     backend = backend_named(backend_name)
     directory = job.config.run_directory
-    if directory.exists():
-        check(job.config, fresh=False, resume=job.resume)
-    _refuse_second(directory)
     seen_here = backend_name in SHARING or directory.parent.is_dir()
     if seen_here:
-        _before_submission(job)
+        check(job.config, fresh=False, resume=job.resume)
+    _refuse_second(directory)
     backend.check(job)
     examine(job.config, backend_name)
     given = {name: getattr(options, name, None) for name in SIZES} | {"backend": backend_name}
@@ -148,16 +119,9 @@ def _new_folder(job: Job, seen_here: bool) -> Iterator[None]:
         raise
 
 
-def _before_submission(job: Job) -> None:
-    directory = job.config.run_directory
-    there = next(parent for parent in (directory, *directory.parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"run.directory: {there} is not a folder that this user may write to")
-
-
 def _refuse_second(directory: Path) -> None:
     """Raises ValueError where a job of the run is queued or under way."""
-    record = known_record(directory) or _unsubmitted(directory)
+    record = known_record(directory)
     status = status_of(record)
     if status.state in ("queued", "running"):
         raise ValueError(
@@ -174,7 +138,7 @@ def status_of(record: dict[str, Any]) -> JobStatus:
             return found
     told = read_run(directory).get("status", "unknown")
     if is_held(directory):  # in a terminal, perhaps after its job has ended
-        holder = _holder(directory)
+        holder = holder_of(directory)
         return JobStatus(
             "running", None, f"process {holder.get('process')} on {holder.get('host')}", {"holder": holder}
         )
@@ -182,18 +146,6 @@ def status_of(record: dict[str, Any]) -> JobStatus:
     states |= dict.fromkeys(("preempted", "interrupted", "forked"), "stopped")
     state = states.get(told, "lost" if told in ("running", "restarting", "starting") else "failed")
     return JobStatus(state, None, "not submitted: trained by `symile-dist train`")
-
-
-def _unsubmitted(directory: Path) -> dict[str, Any]:
-    return {"name": directory.name, "run": str(directory), "backend": None, "handle": {}}
-
-
-def _holder(directory: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(lease_file(directory).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def status(run: str) -> dict[str, Any]:
@@ -274,8 +226,6 @@ def runs_table(rows: list[dict[str, Any]]) -> Any:
 
 def logs(run: str, follow: bool, rank: int | None) -> Iterator[str]:
     """What a run's job, or one of its ranks, has written. Raises ValueError where that is not to be seen from here."""
-    from symile_dist.launch.processes import pieces_of
-
     record = record_of(run)
     ended: Callable[[], bool] = lambda: status_of(record).state in ENDED  # noqa: E731
     if rank is None and record["backend"]:
@@ -310,8 +260,8 @@ def stop(run: str, now: bool) -> str:
 def wait(record: dict[str, Any], show: bool) -> int:
     """Waits for a job, with its words if they are to be shown; returns its exit code."""
     backend = backend_named(record["backend"])
-    if show:
-        for piece in backend.logs(record["handle"], follow=True):
+    with contextlib.suppress(ValueError):  # a connection that is lost: below it is asked again
+        for piece in backend.logs(record["handle"], follow=True) if show else ():
             sys.stdout.write(piece)
             sys.stdout.flush()
     unanswered = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -92,39 +92,30 @@ def backend_named(name: str) -> Backend:
     return made
 
 
-def sizes(
-    config: Config, nodes: int, gpus_per_node: int | None, cpus_per_node: int | None, workers_given: bool
-) -> tuple[list[str], int, int]:
-    """What a job's nodes mean for its config.
+def rank_overrides(nodes: int, gpus_per_node: int | None, given: Sequence[str]) -> list[str]:
+    """What the nodes mean for the config: a rank on each GPU, unless ray.num_workers is among the overrides `given`.
 
-    Args:
-        workers_given: the user has set ray.num_workers beside the nodes.
-
-    Returns (overrides of the config, GPUs per node, CPUs per node). Raises ValueError where the ranks and the nodes do
-    not go together.
+    Raises ValueError for numbers that are none.
     """
-    for flag, number, least in (
-        ("--nodes", nodes, 1),
-        ("--gpus-per-node", gpus_per_node, 0),
-        ("--cpus-per-node", cpus_per_node, 1),
-    ):
-        if number is not None and number < least:
-            raise ValueError(f"{flag} {number}: should be {least} or more")
-    overrides: list[str] = []
+    _check_least("--nodes", nodes, 1)
+    _check_least("--gpus-per-node", gpus_per_node, 0)
+    if not gpus_per_node:
+        return []
+    fixed = any(override.startswith("ray.num_workers=") for override in given)
+    return [*([] if fixed else [f"ray.num_workers={nodes * gpus_per_node}"]), "ray.gpus_per_worker=1"]
+
+
+def node_sizes(config: Config, nodes: int, gpus_per_node: int | None, cpus_per_node: int | None) -> tuple[int, int]:
+    """(GPUs, CPUs) of each node. Raises ValueError where the nodes do not hold the config's ranks."""
+    _check_least("--nodes", nodes, 1)
+    _check_least("--cpus-per-node", cpus_per_node, 1)
     workers = config.world_size
-    if gpus_per_node:
-        if not workers_given:
-            workers = nodes * gpus_per_node
-            overrides.append(f"ray.num_workers={workers}")
-        overrides.append("ray.gpus_per_worker=1")
-    elif gpus_per_node is None and config.ray.gpus_per_worker:
-        gpus_per_node = math.ceil(workers / nodes)
-    elif gpus_per_node == 0 and config.ray.gpus_per_worker:
-        raise ValueError("--gpus-per-node 0, and the config's ray.gpus_per_worker is 1: one of them is wrong")
-    gpus = gpus_per_node or 0
     if workers < nodes:
         raise ValueError(f"--nodes {nodes}: more than the ranks, ray.num_workers = {workers}; some would stand idle")
     per_node = math.ceil(workers / nodes)
+    if gpus_per_node == 0 and config.ray.gpus_per_worker:
+        raise ValueError("--gpus-per-node 0, and the config's ray.gpus_per_worker is 1: one of them is wrong")
+    gpus = per_node * config.ray.gpus_per_worker if gpus_per_node is None else gpus_per_node
     if gpus and per_node > gpus:
         raise ValueError(
             f"ray.num_workers = {workers} on {nodes} nodes is {per_node} ranks a node, and --gpus-per-node is {gpus}"
@@ -135,7 +126,12 @@ def sizes(
             f"--cpus-per-node {cpus_per_node}: {per_node} ranks a node need {needed} "
             f"(ray.cpus_per_worker = {config.ray.cpus_per_worker:g})"
         )
-    return overrides, gpus, cpus_per_node or needed
+    return gpus, cpus_per_node or needed
+
+
+def _check_least(flag: str, number: int | None, least: int) -> None:
+    if number is not None and number < least:
+        raise ValueError(f"{flag} {number}: should be {least} or more")
 
 
 def minutes_of(text: str) -> int:

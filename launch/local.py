@@ -74,20 +74,18 @@ class LocalBackend:
         return {"folder": str(job.folder), "host": socket.gethostname(), "process": identity(supervisor.pid)}
 
     def status(self, handle: dict[str, Any]) -> JobStatus:
+        here = handle["host"] == socket.gethostname()
+        lives = here and found(handle["process"])  # first: what has ended by now has written its code
         code = exit_code_of(Path(handle["folder"]))
         facts = {"host": handle["host"], "pid": handle["process"]["pid"]}
         if code is not None:
             return JobStatus(state_of(code), code, f"on {handle['host']}", facts)
-        if handle["host"] != socket.gethostname():
-            return JobStatus("unknown", None, f"it was started on {handle['host']}: ask there", facts)
-        if found(handle["process"]):
+        if lives:
             return JobStatus("running", None, f"process {handle['process']['pid']} on this machine", facts)
-        code = exit_code_of(Path(handle["folder"]))  # it may have ended between the two looks
-        if code is not None:
-            return JobStatus(state_of(code), code, f"on {handle['host']}", facts)
-        return JobStatus(
-            "lost", None, "its process has ended without a word: killed, or the machine was restarted", facts
-        )
+        if not here:
+            return JobStatus("unknown", None, f"it was started on {handle['host']}: ask there", facts)
+        words = "its process has ended without a word: killed, or the machine was restarted"
+        return JobStatus("lost", None, words, facts)
 
     def logs(self, handle: dict[str, Any], follow: bool) -> Iterator[str]:
         output = Path(handle["folder"]) / OUTPUT

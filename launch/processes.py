@@ -35,7 +35,7 @@ def end_descendants(seconds: float = 5.0) -> None:
     me = psutil.Process()
     asked: set[int] = set()
     deadline = time.monotonic() + seconds
-    while living := [child for child in me.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]:
+    while living := [child for child in me.children(recursive=True) if _lives(child)]:
         late = time.monotonic() > deadline
         for child in living:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -47,6 +47,13 @@ def end_descendants(seconds: float = 5.0) -> None:
         psutil.wait_procs(living, timeout=POLL_SECONDS)
 
 
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:  # it has ended since it was listed
+        return False
+
+
 def identity(pid: int) -> dict[str, float]:
     """What tells a process from a later one of the same number."""
     return {"pid": pid, "started": psutil.Process(pid).create_time()}
@@ -56,11 +63,9 @@ def found(who: dict[str, float]) -> psutil.Process | None:
     """The process, if it still runs on this machine."""
     try:
         process = psutil.Process(int(who["pid"]))
-        if abs(process.create_time() - who["started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE:
-            return process
+        return process if abs(process.create_time() - who["started"]) < 1 and _lives(process) else None
     except psutil.NoSuchProcess:
-        pass
-    return None
+        return None
 
 
 def output_of(arguments: list[str], what: str, text: str | None = None, seconds: float = 60) -> str:

@@ -98,15 +98,19 @@ def _index_name(directory: Path) -> str:
     return f"{directory.name}-{hashlib.sha256(str(directory).encode()).hexdigest()[:12]}.json"
 
 
-def known_record(directory: Path) -> dict[str, Any] | None:
-    """The newest record of the run in a directory, which may be one that this machine does not see."""
-    known = read_run(directory).get("launch")
+def known_record(directory: Path) -> dict[str, Any]:
+    """The newest record of the run in a directory, which may be one that this machine does not see; without a backend
+    where it was not submitted."""
+    told = read_run(directory)
+    known = told.get("launch")
     if _is_record(known):
         return _here(known, directory)
     with contextlib.suppress(OSError, ValueError):
         content = read_json(state_folder() / "runs" / _index_name(directory))
-        return content if _is_record(content) else None
-    return None
+        if _is_record(content):
+            return content
+    unsubmitted: dict[str, Any] = {"name": directory.name, "run": str(directory), "backend": None, "handle": {}}
+    return {**unsubmitted, "submitted": told.get("created", 0.0)}
 
 
 def record_of(run: str) -> dict[str, Any]:
@@ -117,11 +121,7 @@ def record_of(run: str) -> dict[str, Any]:
     """
     for directory in (Path(run), Path("runs") / run):
         if (directory / RUN_FILE).exists() or (directory / CONFIG_FILE).exists():
-            directory = directory.resolve()
-            known = read_run(directory).get("launch")
-            if _is_record(known):
-                return _here(known, directory)
-            return {"name": directory.name, "run": str(directory), "backend": None, "handle": {}}
+            return known_record(directory.resolve())
     named = [record for record in records() if record["name"] == run or record["run"] == str(Path(run).absolute())]
     if not named:
         raise ValueError(
@@ -130,9 +130,7 @@ def record_of(run: str) -> dict[str, Any]:
         )
     if len(named) > 1:
         raise ValueError(f"{run}: several runs are called so; name a directory: {', '.join(r['run'] for r in named)}")
-    directory = Path(named[0]["run"])
-    newer = read_run(directory).get("launch") if directory.is_dir() else None
-    return _here(newer, directory) if _is_record(newer) else named[0]
+    return known_record(Path(named[0]["run"]))
 
 
 def records() -> list[dict[str, Any]]:
@@ -146,16 +144,7 @@ def records() -> list[dict[str, Any]]:
                 found[str(Path(record["run"]).resolve())] = record
     for file in Path("runs").glob(f"*/{RUN_FILE}"):
         directory = file.parent.resolve()
-        record = read_run(directory).get("launch")
-        if _is_record(record):
-            found[str(directory)] = _here(record, directory)
-        elif str(directory) not in found:
-            created = read_run(directory).get("created", 0.0)
-            found[str(directory)] = {
-                "name": directory.name,
-                "run": str(directory),
-                "backend": None,
-                "handle": {},
-                "submitted": created,
-            }
+        record = known_record(directory)
+        if record["backend"] or str(directory) not in found:
+            found[str(directory)] = record
     return sorted(found.values(), key=lambda record: -float(record.get("submitted", 0)))

@@ -34,11 +34,13 @@ SUBMITTED = {RUN_FILE, "jobs"}
 def load_run(directory: str | Path, overrides: list[str] | None = None) -> Config:
     """The config of an existing run. Raises ConfigError when the directory holds none."""
     path = Path(directory)
-    if not (path / CONFIG_FILE).exists():
+    submitted = sorted(path.glob(f"jobs/*/{CONFIG_FILE}"), reverse=True)  # of a run whose job has not begun
+    file = next((file for file in (path / CONFIG_FILE, *submitted) if file.exists()), None)
+    if file is None:
         hint = "; did you mean its parent's name under runs/?" if not path.exists() else ""
         raise ConfigError(f"{path}: not a run directory (it has no {CONFIG_FILE}){hint}")
     # The directory may have been moved or be named otherwise from here: it is where it is.
-    return load_config(path / CONFIG_FILE, [*(overrides or []), f"run.directory={json.dumps(str(path))}"]).config
+    return load_config(file, [*(overrides or []), f"run.directory={json.dumps(str(path))}"]).config
 
 
 def check(config: Config, fresh: bool, resume: bool) -> None:

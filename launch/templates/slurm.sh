@@ -24,7 +24,7 @@ ended() {
     kill -USR2 "$${nodes[@]}" 2> /dev/null  # to end; srun passes it on
     for _ in {1..40}; do kill -0 "$${nodes[@]}" 2> /dev/null || break; sleep 0.25; done
     rm -rf "$$meeting"
-    [ -z "$$signalled$$preempted$$stopped" ] || [ "$$1" != 138 ] || set 75  # SIGUSR1 came before the driver was ready
+    [ -z "$$passed_on" ] || [ "$$1" != 138 ] || set -- 75  # SIGUSR1 came before the driver was ready for it
     if [ -z "$$stopped" ] && [ -n "$requeue" ] && { [ "$$1" = 75 ] || { [ -n "$$preempted" ] && [ "$$1" != 0 ]; }; }; then
         echo "the job is queued again; it goes on from its newest checkpoint"
         scontrol requeue "$$SLURM_JOB_ID" && sleep 60

@@ -38,6 +38,11 @@ def current_fence(directory: Path) -> int:
     return int(_read(lease_file(directory)).get("fence", 0))
 
 
+def holder_of(directory: Path) -> dict[str, Any]:
+    """Who holds the directory, or held it last: `process` and `host`; empty where nobody ever did."""
+    return _read(lease_file(directory))
+
+
 def is_held(directory: Path) -> bool:
     """Whether a process of this machine holds it."""
     try:

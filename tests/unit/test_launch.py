@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -21,7 +22,7 @@ from symile_dist.config import parse_config
 from symile_dist.health.lease import lease_file, locked
 from symile_dist.launch import BACKENDS
 from symile_dist.launch.command import _refuse_second, resubmitted, status_of
-from symile_dist.launch.job import Job, State, backend_named, minutes_of, sizes
+from symile_dist.launch.job import Job, State, backend_named, minutes_of, node_sizes, rank_overrides
 from symile_dist.launch.local import LocalBackend, state_of
 from symile_dist.launch.processes import identity, pieces_of
 from symile_dist.launch.profiles import Profile, load_profiles
@@ -94,12 +95,17 @@ def test_a_time_limit_that_is_none(text: str) -> None:
 
 
 def test_nodes_and_gpus_give_the_ranks(shards: Path) -> None:
-    config = parse_config(config_text(shards), "my.yaml").config
-    assert sizes(config, 2, 3, None, workers_given=False) == (["ray.num_workers=6", "ray.gpus_per_worker=1"], 3, 3)
+    assert rank_overrides(2, 3, ["train.steps=4"]) == ["ray.num_workers=6", "ray.gpus_per_worker=1"]
+    assert rank_overrides(3, 2, ["ray.num_workers=4"]) == ["ray.gpus_per_worker=1"]
+    assert rank_overrides(3, None, []) == rank_overrides(3, 0, []) == []
     four = parse_config(config_text(shards), "my.yaml", ["ray.num_workers=4", "ray.cpus_per_worker=2"]).config
-    assert sizes(four, 2, None, None, workers_given=True) == ([], 0, 4)
-    assert sizes(four, 2, None, 9, workers_given=True) == ([], 0, 9)
-    assert sizes(four, 3, 2, None, workers_given=True) == (["ray.gpus_per_worker=1"], 2, 4)
+    assert node_sizes(four, 2, None, None) == (0, 4)
+    assert node_sizes(four, 2, None, 9) == (0, 9)
+    assert node_sizes(four, 3, 2, None) == (2, 4)
+    on_gpus = parse_config(config_text(shards), "my.yaml", ["ray.num_workers=4", "ray.gpus_per_worker=1"]).config
+    assert node_sizes(on_gpus, 2, None, None) == (2, 2)
+    with pytest.raises(ValueError, match="one of them is wrong"):
+        node_sizes(on_gpus, 2, 0, None)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +124,8 @@ def test_nodes_that_do_not_hold_the_ranks(
 ) -> None:
     config = parse_config(config_text(shards), "my.yaml", ["ray.num_workers=4"]).config
     with pytest.raises(ValueError, match=words):
-        sizes(config, *numbers, workers_given=True)
+        rank_overrides(numbers[0], numbers[1], ["ray.num_workers=4"])
+        node_sizes(config, *numbers)
 
 
 # -- profiles --------------------------------------------------------------------------------------------------------
@@ -540,3 +547,23 @@ def test_paths_and_times_that_sbatch_takes_for_something_else(shards: Path) -> N
 
 def test_output_without_a_dry_run_is_refused(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--dry-run" in refused(capsys, "submit", config_file, "--on", "local", "--output", "x.txt")
+
+
+def test_the_last_descendant_is_ended_though_its_parent_has_gone() -> None:
+    code = (
+        "import subprocess, sys\n"
+        "from symile_dist.launch.processes import adopt_orphans, end_descendants\n"
+        "adopt_orphans()\n"
+        # A grandchild that is deaf to SIGTERM; its parent ends at once.
+        "deaf = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); '\n"
+        "deaf += 'print(1, flush=True); time.sleep(99)'\n"
+        "parent = 'import subprocess, sys; p = subprocess.Popen([sys.executable, \"-c\", sys.argv[1]]); print(p.pid)'\n"
+        "child = subprocess.Popen([sys.executable, '-c', parent, deaf], stdout=subprocess.PIPE, text=True)\n"
+        "lines = {child.stdout.readline().strip(), child.stdout.readline().strip()} - {'1'}\n"
+        "child.wait()\n"
+        "end_descendants(0.2)\n"
+        "print(lines.pop())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not psutil.pid_exists(int(done.stdout)) or psutil.Process(int(done.stdout)).status() == "zombie"

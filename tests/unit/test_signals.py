@@ -45,6 +45,14 @@ def test_what_ends_in_time_is_not_interrupted() -> None:
     time.sleep(0.3)  # past the grace: a signal now would end the test
 
 
+def test_sigusr1_which_srun_passes_on_leaves_time_too() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with terminating(grace_seconds=60) as terminated:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert terminated.wait(5)
+    assert signal.getsignal(signal.SIGUSR1) == before, "the handler stays"
+
+
 def test_elsewhere_sigterm_is_ctrl_c() -> None:
     with pytest.raises(KeyboardInterrupt), terminated_like_interrupted():
         os.kill(os.getpid(), signal.SIGTERM)
