@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from symile_dist.config import Config
-from symile_dist.run_directory import write_ranks
+from symile_dist.monitor import Monitor
 from symile_dist.view.terminal import TerminalView
 
 logger = logging.getLogger(__name__)
@@ -45,14 +45,21 @@ class Board:
 
 
 class Watcher:
-    """Looks at the board in a thread, feeds the view and keeps ranks.json."""
+    """Looks at the board in a thread, feeds view and monitor."""
 
-    def __init__(self, board: Any, view: TerminalView, config: Config, wish: Callable[[], str | None]) -> None:
+    def __init__(
+        self,
+        board: Any,
+        view: TerminalView,
+        monitor: Monitor,
+        config: Config,
+        wish: Callable[[], str | None],
+    ) -> None:
         """
         Args:
             wish: says why the ranks should save and stop, once they should; it is asked often, in the thread.
         """
-        self.board, self.view, self.config, self.wish = board, view, config, wish
+        self.board, self.view, self.monitor, self.config, self.wish = board, view, monitor, config, wish
         self.outcome: dict[str, Any] | None = None
         self.ranks: dict[int, dict[str, Any]] = {}
         self._asked = False
@@ -86,16 +93,16 @@ class Watcher:
             return
         if seen["ranks"] != self.ranks:
             self.ranks = seen["ranks"]
-            try:
-                self._ranks_joined()
-            except OSError as error:  # a full disk, say: the run goes on
-                logger.warning("%s: ranks.json is out of date: %s", self.config.run_directory, error)
+            self._ranks_joined()
         for record in seen["records"]:
-            self.view.update(record)
+            self.monitor.take(record)
+            if record["kind"] != "ranks":
+                self.view.update(record)
+        self.monitor.look()
         self.outcome = seen["outcome"] or self.outcome
 
     def _ranks_joined(self) -> None:
         if len(self.ranks) == self.config.world_size:
             urls = [rank["metrics_url"] for _, rank in sorted(self.ranks.items()) if rank["metrics_url"]]
             self.view.update({"kind": "event", "message": f"{len(self.ranks)} ranks are up", "metrics_urls": urls})
-        write_ranks(self.config.run_directory, self.ranks)
+        self.monitor.joined(self.ranks)

@@ -56,6 +56,14 @@ def wait_for_nodes(seconds: float) -> list[Node]:
     return nodes
 
 
+def own_address() -> str | None:
+    """How the cluster's other nodes reach this one; None where it has none but this machine."""
+    import ray
+
+    address: str = ray.util.get_node_ip_address()
+    return None if address.startswith("127.") else address
+
+
 def fitted(config: Config, nodes: Sequence[Node]) -> Config:
     """The config with the most ranks that the nodes hold and that divide the global batch. Raises ValueError when
     these are fewer than the run may have."""

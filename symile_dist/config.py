@@ -32,7 +32,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, ErrorDetails
 
-from symile_dist.registry import DECODERS, ENCODERS, OBJECTIVES, TRANSFORMS, suggestion, unknown_name
+from symile_dist.registry import DECODERS, ENCODERS, LOGGERS, OBJECTIVES, TRANSFORMS, suggestion, unknown_name
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -325,6 +325,10 @@ class TrainConfig(Section):
     """Compile the encoders by torch.compile; the first steps take minutes."""
     log_every: Positive = 10
     """Steps between records in the history."""
+    profile_steps: tuple[Positive, Positive] | None = None
+    """[first, last]: steps of which torch's profiler writes a trace into RUN/profile, and what bounds their phases."""
+    profile_ranks: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0])
+    """The ranks that are profiled."""
 
 
 class GuardConfig(Section):
@@ -456,13 +460,68 @@ class RayConfig(Section):
     """A collective that takes longer is a failure."""
 
 
+class WandbConfig(Section):
+    """Options of the logger `wandb`. The key is WANDB_API_KEY's, or that of `wandb login`."""
+
+    project: str = "symile-dist"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = []
+    mode: Literal["online", "offline"] | None = None
+    """Online when left out, unless WANDB_MODE says otherwise; `offline` keeps all in RUN/wandb."""
+    base_url: str | None = None
+    """Of a server of one's own; WANDB_BASE_URL when left out."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _a_server(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^@\s]+", value):
+            raise ValueError("should be http://HOST:PORT or https://HOST, without a key")
+        return value
+
+
+class MlflowConfig(Section):
+    """Options of the logger `mlflow`. Credentials are those of MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD or
+    MLFLOW_TRACKING_TOKEN."""
+
+    tracking_uri: str | None = None
+    """http(s)://HOST, a folder, or a database; MLFLOW_TRACKING_URI when left out."""
+    experiment: str = "symile-dist"
+    tags: dict[str, str] = {}
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _without_password(cls, value: str | None) -> str | None:
+        if value is not None and re.search(r"://[^/]*@", value):
+            raise ValueError("must not hold a password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+        if value is not None and re.match(r"(sqlite:///|file:)(?!/)", value):
+            raise ValueError("should name an absolute path, such as sqlite:////data/mlflow.db")
+        return value
+
+
+LOGGER_OPTIONS: dict[str, type[Section]] = {"wandb": WandbConfig, "mlflow": MlflowConfig}
+
+
 class MetricsConfig(Section):
     address: str = "127.0.0.1"
     """Address that each rank's Prometheus endpoint listens on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of the endpoint of a node's first rank, its next ones' follow; 0 lets the system choose."""
+    driver_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of the driver's page, its own metrics (/metrics) and its list of endpoints (/targets); 0 lets the system
+    choose."""
+    token_file: str | None = None
+    """File whose content every request to these ports must carry, as a bearer token; all nodes read it."""
     enabled: bool = True
     """Serve Prometheus metrics."""
+    loggers: dict[str, dict[str, Any]] = {}
+    """Ordered map: name -> options. Where records go beside history.jsonl and TensorBoard: wandb, mlflow, or
+    package.module:Name for one of your own. Keys and passwords stand in no config."""
+
+    @field_validator("loggers", mode="before")
+    @classmethod
+    def _no_options(cls, value: Any) -> Any:
+        return {name: options or {} for name, options in value.items()} if isinstance(value, dict) else value
 
 
 class Config(Section):
@@ -556,6 +615,11 @@ class Config(Section):
         if self.evaluation.candidates:
             file = absolute(self.evaluation.candidates.file)
             evaluation["candidates"] = self.evaluation.candidates.model_copy(update={"file": file})
+        loggers = {name: dict(options) for name, options in self.metrics.loggers.items()}
+        for options in loggers.values():
+            uri = options.get("tracking_uri")  # MLflow's, which may be a folder
+            if isinstance(uri, str) and ":" not in uri and not uri.startswith("databricks"):
+                options["tracking_uri"] = str(Path(uri).expanduser().resolve())
         parts = ("decoder", "transform", "encoder")
         modalities = {
             name: modality.model_copy(update={part: getattr(modality, part).with_absolute_paths() for part in parts})
@@ -568,12 +632,19 @@ class Config(Section):
                 "data": self.data.model_copy(update=data),
                 "modalities": modalities,
                 "evaluation": self.evaluation.model_copy(update=evaluation),
+                "metrics": self.metrics.model_copy(update={"loggers": loggers}),
             }
         )
 
     def digest(self) -> str:
         """sha256 of all that training depends on: equal digests continue each other's checkpoints."""
-        told: Any = {"run": {"name", "directory"}, "data": {"source"}, "evaluation": True, "metrics": True}
+        told: Any = {
+            "run": {"name", "directory"},
+            "data": {"source"},
+            "train": {"profile_steps", "profile_ranks"},
+            "evaluation": True,
+            "metrics": True,
+        }
         content = self.model_dump(mode="json", exclude=told)
         content["modalities"] = list(content["modalities"].items())  # their order decides the negatives
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -730,6 +801,29 @@ def _component_checks(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         problem = unknown_name(component.name, registry, kind)
         if problem:
             yield (*path, "name"), problem
+    for name, options in config.metrics.loggers.items():
+        for place, problem in _logger_problems(name, options):
+            yield ("metrics", "loggers", name, *place), problem
+
+
+def _logger_problems(name: str, options: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """No message shows a value: it may be a secret."""
+    problem = unknown_name(name, LOGGERS, "logger")
+    if problem:
+        yield (), problem
+    for option in options:
+        if re.search(r"(^|_)(key|token|password|secret)s?$", str(option).lower()):
+            yield (str(option),), "secrets stand in no config: they are read from the environment"
+            return
+    if name in LOGGER_OPTIONS:
+        try:
+            LOGGER_OPTIONS[name].model_validate(options)
+        except ValidationError as error:
+            for detail in error.errors():
+                place = tuple(str(part) for part in detail["loc"])
+                known = suggestion(place[-1], list(LOGGER_OPTIONS[name].model_fields))
+                words = detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
+                yield place, f"unknown option{known}" if detail["type"] == "extra_forbidden" else words
 
 
 class _Loader(yaml.SafeLoader):

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from symile_dist.spans import collective
+
 Group = dist.ProcessGroup | None
 T = TypeVar("T")
 
@@ -31,7 +33,8 @@ def all_gather(tensor: Tensor, group: Group = None) -> Tensor:
         return tensor
     tensor = tensor.contiguous()
     gathered = tensor.new_empty((world * tensor.shape[0], *tensor.shape[1:]))
-    dist.all_gather_into_tensor(gathered, tensor, group=group)
+    with collective("all_gather"):
+        dist.all_gather_into_tensor(gathered, tensor, group=group)
     return gathered
 
 
@@ -43,7 +46,8 @@ def reduce_scatter(tensor: Tensor, group: Group = None) -> Tensor:
     tensor = tensor.contiguous()
     share = tensor.shape[0] // world
     scattered = tensor.new_empty((share, *tensor.shape[1:]))
-    dist.reduce_scatter_tensor(scattered, tensor, group=group)
+    with collective("reduce_scatter"):
+        dist.reduce_scatter_tensor(scattered, tensor, group=group)
     return scattered
 
 
@@ -60,7 +64,8 @@ def all_reduce_max(tensor: Tensor, group: Group = None) -> Tensor:
 def _all_reduce(tensor: Tensor, operation: Any, group: Group) -> Tensor:
     reduced = tensor.detach().clone()
     if world_size(group) > 1:
-        dist.all_reduce(reduced, op=operation, group=group)
+        with collective("all_reduce"):
+            dist.all_reduce(reduced, op=operation, group=group)
     return reduced
 
 
@@ -90,7 +95,8 @@ def broadcast_object(value: T, source: int = 0) -> T:
     if world_size() == 1:
         return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=source)
+    with collective("broadcast"):
+        dist.broadcast_object_list(box, src=source)
     return box[0]
 
 
@@ -99,7 +105,8 @@ def gather_objects(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with collective("all_gather"):
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -155,4 +162,5 @@ def raise_together(problem: str | None) -> None:
 
 def barrier() -> None:
     if world_size() > 1:
-        dist.barrier()
+        with collective("barrier"):
+            dist.barrier()

@@ -17,7 +17,7 @@ from symile_dist import run_directory
 from symile_dist.checkpoint.attempts import usable_checkpoints
 from symile_dist.checkpoint.manifest import CHECKPOINTS, CheckpointError, complete_checkpoints, read_manifest
 from symile_dist.checkpoint.mirror import Mirror
-from symile_dist.cluster import answering_nodes, fitted, living_nodes, ranks_held, start_ray
+from symile_dist.cluster import answering_nodes, fitted, living_nodes, own_address, ranks_held, start_ray
 from symile_dist.config import Config
 from symile_dist.data.loader import open_training
 from symile_dist.data.quarantine import QUARANTINE
@@ -27,6 +27,8 @@ from symile_dist.group import run_group
 from symile_dist.health.attempt import Attempt
 from symile_dist.health.lease import Lease, locked
 from symile_dist.health.restarts import Restarts
+from symile_dist.metrics.exporter import token_of
+from symile_dist.monitor import Monitor
 from symile_dist.preflight import preflight
 from symile_dist.run_directory import tell_run
 from symile_dist.signals import terminating
@@ -75,6 +77,7 @@ def _launch(
     for warning in preflight(config, fresh)[:5]:
         logger.warning("%s", warning)
     run_directory.check(config, fresh, resume)
+    token_of(config)
     done = [] if fresh else usable_checkpoints(directory / CHECKPOINTS)
     if done and done[-1][0] >= config.train.steps:
         with contextlib.suppress(CheckpointError):  # damaged: the ranks go on from the one before
@@ -147,18 +150,24 @@ def run(
     tell_run(directory, status="running", pid=os.getpid(), failures=[])
     view = TerminalView(config.run.name, config.train.steps, console=console, plain=plain)
     view.start()
+    monitor = Monitor(config, own_address())
+    if monitor.url:
+        view.note(f"watch it: {monitor.url}")
+    outcome = {"status": "interrupted", "message": "interrupted by a signal"}
     try:
-        outcome = _attempts(config, lease, view, restarts, terminated, mirror_holder)
+        outcome = _attempts(config, lease, view, monitor, restarts, terminated, mirror_holder)
     except KeyboardInterrupt:
         if not terminated.is_set():
-            tell_run(directory, status="interrupted", message="interrupted by a signal")
+            tell_run(directory, **outcome)
             raise
         outcome = _ended_as_asked(config)  # the grace is over
     except Exception as error:
-        tell_run(directory, status="failed", message=str(error))
+        outcome = {"status": "failed", "message": str(error)}
+        tell_run(directory, **outcome)
         raise
     finally:
         view.stop()
+        monitor.end(outcome["status"], outcome["message"])
     tell_run(directory, **outcome)
     if outcome["status"] == "refused":
         raise ValueError(outcome["message"])
@@ -171,6 +180,7 @@ def _attempts(
     config: Config,
     lease: Lease,
     view: TerminalView,
+    monitor: Monitor,
     restarts: Restarts,
     terminated: threading.Event,
     mirror_holder: str,
@@ -189,17 +199,19 @@ def _attempts(
             attempt.phases["wait"] = time.monotonic() - failed
             failed = None
         wish = _wishes(config, placed, terminated)
-        outcome, failure = run_group(placed.config, attempt, view, wish, placed.left_out)
+        outcome, failure = run_group(placed.config, attempt, view, monitor, wish, placed.left_out)
         if outcome is not None and outcome["status"] != RESCALED:
             return outcome
         if terminated.is_set():
             return _ended_as_asked(config)
         if failure is None:
             tell_run(directory, status="restarting")
+            monitor.restarting()
             view.note("the cluster holds more ranks by now: they are started anew")
             continue
         failed = time.monotonic()
         restarts.add(failure)
+        monitor.failed(failure)
         tell_run(directory, status="restarting", restarts=len(restarts.failures), failures=restarts.told())
         reason = restarts.gives_up()
         if reason:

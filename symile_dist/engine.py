@@ -29,6 +29,7 @@ from symile_dist.encoders.recompute import compile_encoder
 from symile_dist.inner import InnerOptimizer
 from symile_dist.model import TrainingModule
 from symile_dist.optim import learning_rate_factor, make_optimizer
+from symile_dist.spans import phase
 from symile_dist.types import Batch, Outputs, Representation, StepReport
 
 
@@ -134,6 +135,8 @@ def import_deepspeed(device: torch.device) -> Any:
         # midst of it, a worker leaves a lock on which every later one waits for ever. Not by `import ... as`, which
         # gives torch itself: the package has an attribute of the submodule's name.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+        # DeepSpeed refuses fp16 where a processor has no instructions for it; torch computes it there too, slowly.
+        deepspeed.get_accelerator().is_fp16_supported = lambda: True
     return deepspeed
 
 
@@ -302,18 +305,22 @@ class Engine:
                 for statistic in part.buffers(recurse=False):
                     dist.broadcast(statistic, 0)
 
+    def _moved(self, batch: Batch) -> Batch:
+        with phase("h2d"):
+            return batch.to(self.device)
+
     def forward(self, batch: Batch, step: int) -> StepReport:
-        return self._kept(self.deepspeed(batch.to(self.device), step))
+        return self._kept(self.deepspeed(self._moved(batch), step))
 
     def encode(self, batch: Batch) -> Outputs:
         """The encoders alone."""
-        return self.deepspeed(batch.to(self.device), None)
+        return self.deepspeed(self._moved(batch), None)
 
     def objective(self, batch: Batch, step: int, representations: dict[str, Representation]) -> StepReport:
         """The objective alone, on representations of the whole batch."""
         without_inputs = replace(batch, inputs={})  # they are as large as the batch, and only the encoders need them
         # A copy: ZeRO-3's hooks put tensors of their own into it.
-        return self._kept(self.deepspeed(without_inputs.to(self.device), step, dict(representations)))
+        return self._kept(self.deepspeed(self._moved(without_inputs), step, dict(representations)))
 
     def _kept(self, report: StepReport) -> StepReport:
         """Keeps the inner modules' loss for `step`."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from symile_dist.engine import Engine
+from symile_dist.spans import phase
 from symile_dist.types import Batch, Outputs, PointSet, Representation, StepReport
 
 
@@ -68,7 +69,7 @@ def encode(engine: Engine, batch: Batch, size: int) -> Encoded:
     """Pass one: all representations, without a graph."""
     parts = micro_batches(batch, size)
     states, found = [], []
-    with torch.no_grad():
+    with torch.no_grad(), phase("forward"):
         for part in parts:
             states.append(RandomState.now(engine.device))
             found.append(engine.encode(part).representations)
@@ -100,7 +101,8 @@ def _forward_backward(engine: Engine, batch: Batch, step: int, size: int) -> Ste
     after = RandomState.now(engine.device)
     for number, (part, state) in enumerate(zip(encoded.micro_batches, encoded.states, strict=True)):
         state.restore(engine.device)
-        emitted = engine.encode(part).representations
+        with phase("forward"):
+            emitted = engine.encode(part).representations
         rows = slice(number * size, number * size + len(part))
         pairs = [
             (tensor, _unpadded(leaf.grad[rows], tensor))

@@ -18,6 +18,7 @@ from symile_dist.health.attempt import Attempt
 from symile_dist.health.beat import signs_of_life
 from symile_dist.health.restarts import Failure
 from symile_dist.health.watchdog import flight_recorder, hang_of
+from symile_dist.monitor import Monitor
 from symile_dist.run_directory import tell_run
 from symile_dist.signals import handlers_kept
 from symile_dist.view.terminal import TerminalView
@@ -34,6 +35,7 @@ def run_group(
     config: Config,
     attempt: Attempt,
     view: TerminalView,
+    monitor: Monitor,
     wish: Callable[[], str | None],
     left_out: Collection[str] = (),
 ) -> Ended:
@@ -86,8 +88,9 @@ def run_group(
         ),
     )
     tell_run(config.run_directory, status="running", world_size=config.world_size)
+    monitor.begun(config)
     error: Exception | None = None
-    watcher = Watcher(board, view, config, wish)
+    watcher = Watcher(board, view, monitor, config, wish)
     try:
         with watcher, handlers_kept():
             try:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from symile_dist.config import Config
 from symile_dist.encoders.recompute import recompute, recompute_parts
 from symile_dist.registry import ENCODERS, OBJECTIVES, build, resolve
+from symile_dist.spans import phase
 from symile_dist.types import Batch, Inputs, Outputs, Padded, PointSet, Representation, StepReport
 
 
@@ -175,6 +176,12 @@ def make_objective(config: Config) -> nn.Module:
     return objective
 
 
+def _detached(representation: Representation) -> Representation:
+    if isinstance(representation, PointSet):
+        return PointSet(*(tensor.detach() for tensor in representation))
+    return representation.detach()
+
+
 class TrainingModule(nn.Module):
     """Model and objective as one module, so that both their parameters pass through engine and checkpoint."""
 
@@ -182,6 +189,8 @@ class TrainingModule(nn.Module):
         super().__init__()
         self.model = MultimodalModel(config, built)
         self.objective = make_objective(config)
+        self.seen: dict[str, Representation] = {}
+        """Representations of the last training step, for whoever looks at the model's health; without gradients."""
         for name, parameter in self.named_parameters():
             if len(getattr(parameter, "ds_shape", parameter.shape)) == 0:
                 raise ValueError(
@@ -197,7 +206,13 @@ class TrainingModule(nn.Module):
         encoding, with `representations` only the objective.
         """
         outputs = self.model(batch, representations)
-        return outputs if step is None else self.objective(outputs, batch, step)
+        if step is None:
+            return outputs
+        if self.training:
+            self.seen = {name: _detached(value) for name, value in outputs.representations.items()}
+        with phase("loss"):
+            report: StepReport = self.objective(outputs, batch, step)
+        return report
 
     # -- inner modules: those of the objective that a second optimizer trains, and that are no submodules of this one
 

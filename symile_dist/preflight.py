@@ -19,6 +19,7 @@ from symile_dist.data.loader import open_training, open_validation
 from symile_dist.data.manifest import differences as shard_differences
 from symile_dist.data.manifest import read_manifest
 from symile_dist.errors import RunStopped
+from symile_dist.metrics.loggers import check_loggers
 from symile_dist.model import make_objective
 from symile_dist.registry import DECODERS, ENCODERS, TRANSFORMS, build, check_options, resolve, suggestion
 from symile_dist.run_directory import differences, load_run
@@ -72,7 +73,7 @@ def _checks(config: Config) -> list[Callable[[], Any]]:
         if config.run.init_from:
             newest_checkpoint(config.run.init_from)
 
-    checks: list[Callable[[], Any]] = [objective, best_metric, warm_start]
+    checks: list[Callable[[], Any]] = [objective, best_metric, warm_start, lambda: check_loggers(config)]
     for name in config.modalities:
         checks += [lambda n=name: encoder(n), lambda n=name: decoder(n), lambda n=name: transform(n)]  # type: ignore[misc]
     checks.append(training_data)

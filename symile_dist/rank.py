@@ -122,7 +122,7 @@ def train_rank(
                 recorder.history = History(config.run_directory, resume_step=state.step)
             recorder.count_rollback()
             words = f"back to step {state.step}; steps {rollback.first} to {rollback.last} are left out"
-            recorder.event(state.step, words, level="warning")
+            recorder.event(state.step, words, level="warning", back_to=state.step)
             tell(state.step)
     finally:
         checkpoints.close()

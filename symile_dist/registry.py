@@ -58,6 +58,10 @@ OBJECTIVES: dict[str, str] = {
     "factorcl": "symile_dist.objectives.factorcl:FactorCLObjective",
     "wpse": "symile_dist.objectives.wpse:WPSEObjective",
 }
+LOGGERS: dict[str, str] = {
+    "wandb": "symile_dist.metrics.loggers:WandbLogger",
+    "mlflow": "symile_dist.metrics.loggers:MlflowLogger",
+}
 
 
 def suggestion(word: str, known: Mapping[str, Any] | list[str]) -> str:

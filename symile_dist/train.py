@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from symile_dist import spans
 from symile_dist.checkpoint.interval import SaveInterval
 from symile_dist.checkpoint.manager import CheckpointManager
 from symile_dist.checkpoint.manifest import Manifest
@@ -20,13 +21,17 @@ from symile_dist.distributed import all_reduce_sum, gather_objects, rank
 from symile_dist.engine import Engine
 from symile_dist.errors import RunPreempted, RunStopped
 from symile_dist.failpoints import failpoint
+from symile_dist.flops import device_facts, flops_per_sample
 from symile_dist.health.guard import ADVICE, Guard, GuardState, RollBack
 from symile_dist.health.stop import StopRequest
+from symile_dist.metrics import ranks
 from symile_dist.metrics.history import HISTORY_FILE
+from symile_dist.metrics.profiling import StepProfiler
 from symile_dist.metrics.recorder import Recorder
 from symile_dist.step import TrainedStep, train_step
 from symile_dist.types import Batch, Fault
-from symile_dist.validate import Validator
+from symile_dist.validate import Validator, embeddings_of, similarity_of
+from symile_dist.vitals import Vitals
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +84,16 @@ def train(
     guard = Guard(config.guard, state.guard)
     steps = config.train.steps
     due_for = {"log": config.train.log_every, "validation": config.validation.every}
+    vitals = Vitals(similarity_of(engine.module.objective), embeddings_of(engine.module.objective))
+    profiler = StepProfiler(config, rank(), recorder)
+    spans.use(recorder.spans)
+    recorder.spans.take()  # what came before is no step's
     recorder.restart_clock()
     last = time.perf_counter()
     for batch in _timed(loader, recorder):
         beat(state.step)
         failpoint("step", rank(), state.step)
+        profiler.before(state.step + 1)
         trained = None
         if not guard.excludes(state.step + 1):
             admits = guard.admits if config.guard.action == "skip" else None
@@ -96,6 +106,7 @@ def train(
         seconds = time.perf_counter() - last
         interval.stepped(seconds, checkpoints.saving)
         granted = _count(config, engine, state, batch, skipped_for, loader, recorder, seconds, wishes)
+        profiler.after(state.step)
         rollback = _guarded(guard, state, batch, trained, loader, recorder)
         if rollback:
             checkpoints.settle()
@@ -103,7 +114,7 @@ def train(
             raise rollback
         due = {what for what, every in due_for.items() if state.step == steps or (every and state.step % every == 0)}
         if "log" in due and trained:
-            _log(config, engine, state, trained, loader, recorder)
+            _log(config, engine, state, batch, trained, loader, recorder, vitals)
         if "validation" in due and validator:
             _validate(config, state, validator, recorder)
             beat(state.step)
@@ -164,7 +175,7 @@ def _count(
     state.step += 1
     state.samples_seen += valid
     state.unreadable_samples += config.train.global_batch_size - valid
-    recorder.count_step(seconds, local, valid, skipped_for)
+    recorder.count_step(state.step, seconds, local, valid, skipped_for)
     recorder.count_data(batch, loader.queue_depth)
     if valid < config.train.global_batch_size:
         _unreadable(config, state, batch, loader, recorder)
@@ -252,16 +263,29 @@ def _log(
     config: Config,
     engine: Engine,
     state: TrainState,
+    batch: Batch,
     trained: TrainedStep,
     loader: TrainingLoader,
     recorder: Recorder,
+    vitals: Vitals,
 ) -> None:
+    modalities = list(config.modalities)
+    if recorder.flops_per_sample is None:
+        recorder.flops_per_sample = flops_per_sample(engine, batch)
+    device = device_facts(engine.device, config)
+    recorder.tell_device(device)
+    own = recorder.own_speed() | {"memory_bytes": device.get("memory_peak", device["resident"])}
+    table = ranks.gathered(own, modalities, engine.device)
+    recorder.publish_ranks(state.step, table)
     if recorder.tells_node:
         recorder.count_fetched(loader.fetch_counters())
     loss = float(trained.loss)
-    values = {name: float(value) for name, value in trained.metrics.items()}
+    values: dict[str, Any] = {name: float(value) for name, value in trained.metrics.items()}
     if getattr(engine.module.objective, "bounds_total_correlation", False):
         values["total_correlation_bound"] = math.log(config.train.global_batch_size) - loss
+    if recorder.history:
+        values |= vitals.look(engine.module.seen, batch)
+        values |= ranks.summary(table, modalities) | recorder.efficiency(config.world_size, device.get("peak_flops"))
     recorder.train_record(
         state.step,
         state.samples_seen,
@@ -270,12 +294,13 @@ def _log(
         learning_rate=trained.result.learning_rate,
         logit_scale=engine.logit_scale(),
         skipped_steps=state.skipped_steps,
-        **({"loss_scale": engine.loss_scale()} if config.train.precision == "fp16" else {}),
+        loss_scale=engine.loss_scale(),
         **values,
     )
 
 
 def _validate(config: Config, state: TrainState, validator: Validator, recorder: Recorder) -> None:
+    begin = time.perf_counter()
     with recorder.phase("eval"):
         values = validator.run()
     for fault in validator.faults[:3]:
@@ -287,7 +312,7 @@ def _validate(config: Config, state: TrainState, validator: Validator, recorder:
     better = state.best_value is None or (value < state.best_value if name == "loss" else value > state.best_value)
     if math.isfinite(value) and better:
         state.best_step, state.best_value = state.step, value
-    recorder.validation_record(state.step, state.samples_seen, values)
+    recorder.validation_record(state.step, state.samples_seen, values, time.perf_counter() - begin)
     recorder.restart_clock()
 
 

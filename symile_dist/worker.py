@@ -14,6 +14,7 @@ import ray.train
 import ray.train.torch
 import torch
 
+from symile_dist.cluster import own_address
 from symile_dist.config import Config
 from symile_dist.environment import take_secrets
 from symile_dist.errors import RunPreempted, RunStopped
@@ -22,7 +23,7 @@ from symile_dist.health.attempt import Attempt
 from symile_dist.health.beat import Beat, place_of
 from symile_dist.health.stop import StopRequest
 from symile_dist.health.watchdog import start_watchdog
-from symile_dist.metrics.exporter import Exporter
+from symile_dist.metrics.exporter import Exporter, token_of
 from symile_dist.metrics.recorder import Recorder
 from symile_dist.rank import train_rank
 
@@ -100,6 +101,8 @@ def _make_recorder(config: Config, rank: int, board: Any) -> Recorder:
         exporter = Exporter(
             port,
             metrics.address,
+            token=token_of(config),
+            host=own_address(),
             label_values={"modality": list(config.modalities), "dataset": list(config.data.train)},
         )
     board.join.remote(
@@ -111,7 +114,8 @@ def _make_recorder(config: Config, rank: int, board: Any) -> Recorder:
             "metrics_url": exporter.url if exporter else None,
         }
     )
-    return Recorder(exporter, publish=board.post.remote, tells_node=local_rank == 0)
+    on_gpu = config.ray.gpus_per_worker > 0
+    return Recorder(exporter, publish=board.post.remote, tells_node=local_rank == 0, on_gpu=on_gpu)
 
 
 def _device() -> torch.device:

@@ -1,4 +1,4 @@
-"""The run's history: RUN/history.jsonl for people and programs, RUN/tensorboard/ for TensorBoard.
+"""The run's history: RUN/history.jsonl for people and programs, and the same records for loggers (see `loggers`).
 
 One JSON object per line: {"kind": "train" | "validation" | "checkpoint" | "event" | ..., "step": int,
 "time": Unix seconds, "samples_seen": int, ...}. JSON knows no NaN or Infinity: they are written as the strings "NaN",
@@ -13,16 +13,17 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from symile_dist.metrics.loggers import CLOSE_SECONDS, BackgroundLogger, MakeLogger, TensorBoardLogger
 from symile_dist.storage import sync_directory
 
 logger = logging.getLogger(__name__)
 
 HISTORY_FILE = "history.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 
 REPLAYED_KINDS = frozenset({"train", "validation", "checkpoint"})
 """What a resumed run makes again. Everything else (events) happened once and stays."""
@@ -87,32 +88,46 @@ def _plain(value: Any) -> Any:
 
 
 class History:
-    """Appends to the history of the run in `directory`; one writer at a time.
+    """Appends to the history of the run in `directory`, and gives the records to the loggers; one writer at a time.
 
     With `resume_step`, what the run recorded of training after that step is dropped first, so that each step stands
-    once in the history that survives. No failure to write stops training: `write_errors` counts
-    them, the first is logged, and each later record is tried anew.
+    once in the history that survives. No failure to write stops training, and no logger holds it up: `write_errors`
+    counts them, the first is logged, and each later record is tried anew.
     """
 
-    write_errors: int
-    """Records, or other writes, that did not reach the disk."""
-
-    def __init__(self, directory: Path, resume_step: int | None = None, *, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        resume_step: int | None = None,
+        *,
+        tensorboard: bool = True,
+        loggers: Mapping[str, MakeLogger] | None = None,
+        close_seconds: float = CLOSE_SECONDS,
+    ) -> None:
         """
         Args:
             directory: the run's directory, made if need be.
             resume_step: the step of the checkpoint that training goes on from; None keeps all records.
             tensorboard: whether to write event files too (imports torch).
+            loggers: what makes further loggers, by name: `loggers_of(config)`.
+            close_seconds: how long `close` waits for the loggers.
         """
         self.path = Path(directory) / HISTORY_FILE
-        self.write_errors = 0
+        self._errors = 0
         self._file: BinaryIO | None = None
         self._closed = False
-        self._tensorboard: Any = None
+        self._close_seconds = close_seconds
         self._guarded(self._repair, resume_step)
         self._guarded(self._open)
+        made: dict[str, MakeLogger] = {**(loggers or {})}
         if tensorboard:
-            self._start_tensorboard(self.path.parent / TENSORBOARD_FOLDER, resume_step)
+            made = {"tensorboard": partial(TensorBoardLogger, self.path.parent), **made}
+        self._loggers = [BackgroundLogger(name, partial(make, resume_step)) for name, make in made.items()]
+
+    @property
+    def write_errors(self) -> int:
+        """Records, or other writes, that did not reach the disk or a logger."""
+        return self._errors + sum(each.errors for each in self._loggers)
 
     def write(self, kind: str, step: int, samples_seen: int | None = None, **values: Any) -> dict[str, Any]:
         """Appends one record and returns it, as `read_history` would give it back.
@@ -130,19 +145,18 @@ class History:
         record.update((key, _plain(value)) for key, value in values.items())
         line = json.dumps(_encoded(record), ensure_ascii=False, allow_nan=False) + "\n"
         self._guarded(self._append, line.encode("utf-8", errors="replace"))
-        if self._tensorboard is not None:
-            self._tensorboard_guarded(self._write_tensorboard, record)
+        for each in self._loggers:
+            each.write(record)
         return record
 
     def flush(self) -> None:
-        """Returns once the records are on the disk, if it takes them: before a checkpoint commits, say."""
+        """Returns once history.jsonl is on the disk, if it takes it: before a checkpoint commits, say. Loggers flush by
+        themselves, every few seconds."""
         if self._file is not None:
             self._guarded(os.fsync, self._file.fileno())
-        if self._tensorboard is not None:
-            self._tensorboard_guarded(self._tensorboard.flush)
 
     def close(self) -> None:
-        """Flushes and closes; may be called twice."""
+        """Flushes and closes, the loggers too, for which it waits `close_seconds` at most; may be called twice."""
         if self._closed:
             return
         self.flush()
@@ -150,9 +164,11 @@ class History:
         if self._file is not None:
             self._guarded(self._file.close)
             self._file = None
-        if self._tensorboard is not None:
-            self._tensorboard_guarded(self._tensorboard.close)
-            self._tensorboard = None
+        deadline = time.monotonic() + self._close_seconds
+        for each in self._loggers:
+            each.close()
+        for each in self._loggers:
+            each.join(deadline)
 
     # The file
 
@@ -160,12 +176,9 @@ class History:
         try:
             action(*arguments)
         except OSError as error:
-            self._count_error(str(self.path), error)
-
-    def _count_error(self, where: str, error: Exception) -> None:
-        if self.write_errors == 0:
-            logger.warning("history is incomplete, training goes on: %s: %s (said once)", where, error)
-        self.write_errors += 1
+            if self._errors == 0:
+                logger.warning("history is incomplete, training goes on: %s: %s (said once)", self.path, error)
+            self._errors += 1
 
     def _repair(self, resume_step: int | None) -> None:
         """Drops the damaged and the replayed, by an atomic rewrite, so that a kill leaves the old file or the new."""
@@ -207,29 +220,3 @@ class History:
         except OSError:
             os.ftruncate(file.fileno(), size)
             raise
-
-    # TensorBoard
-
-    def _start_tensorboard(self, folder: Path, resume_step: int | None) -> None:
-        def start() -> None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # TensorBoard hides what older files hold from `purge_step` on.
-            purge_step = None if resume_step is None else resume_step + 1
-            self._tensorboard = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
-
-        self._tensorboard_guarded(start)
-
-    def _tensorboard_guarded(self, action: Callable[..., Any], *arguments: Any) -> None:
-        try:
-            action(*arguments)
-        except Exception as error:
-            # Its writer thread ends at the first failure, whatever the kind, and does not come back.
-            self._count_error(TENSORBOARD_FOLDER, error)
-            self._tensorboard = None
-
-    def _write_tensorboard(self, record: dict[str, Any]) -> None:
-        kind, step, wall_time = record["kind"], record["step"], record["time"]
-        for key, value in record.items():
-            if key not in ("kind", "step", "time") and isinstance(value, (int, float)):
-                self._tensorboard.add_scalar(f"{kind}/{key}", value, step, walltime=wall_time)

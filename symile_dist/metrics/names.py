@@ -1,9 +1,9 @@
 """Every Prometheus metric of a run, in one table: exporter, panels, alerts and tests read it.
 
-Each rank and the driver serve their own endpoint. The labels `run`, `rank` and `job` come from service discovery and
-are not repeated here. A label takes its values from a bounded set, because each value is one more time series:
-either the set stands in the table, or the run's config bounds it (the names of its modalities, say). A step, a shard
-or the text of an exception is never a label.
+Each rank and the driver serve their own endpoint. The labels `run`, `run_id`, `role` ("rank" or "driver"), `rank`,
+`host` and `job` come from service discovery (see metrics/discovery.py) and are not repeated here. A label takes its
+values from a bounded set, because each value is one more time series: either the set stands in the table, or the run's
+config bounds it (the names of its modalities, say). A step, a shard or the text of an exception is never a label.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Owner = Literal["rank", "driver"]
 STEP_SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 CHECKPOINT_SECONDS_BUCKETS = (0.05, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
-PHASES = ("data_wait", "h2d", "forward", "gather", "loss", "backward", "optimizer", "checkpoint", "eval")
+PHASES = ("data_wait", "h2d", "forward", "gather", "loss", "backward", "optimizer", "checkpoint", "eval", OTHER)
 COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter", "broadcast", "barrier")
 SKIP_REASONS = ("nonfinite_loss", "nonfinite_grad", "loss_spike", "grad_spike", "overflow", "excluded", OTHER)
 READ_ERROR_KINDS = ("open", "index", "truncated", "checksum", "decode", OTHER)
@@ -62,6 +62,12 @@ _TABLE = (
         unit="steps",
     ),
     MetricSpec(
+        name="symile_train_step",
+        kind="gauge",
+        help="Global step this rank has come to: it goes back where the run does.",
+        unit="steps",
+    ),
+    MetricSpec(
         name="symile_train_samples_total",
         kind="counter",
         help="Samples this rank has trained on: the sum over ranks is the run's.",
@@ -96,7 +102,7 @@ _TABLE = (
     MetricSpec(
         name="symile_train_phase_seconds_total",
         kind="counter",
-        help="Wall time of this rank by phase of the step.",
+        help="Wall time of this rank by phase of the step; each second counts once.",
         unit="seconds",
         labels=("phase",),
         label_values={"phase": PHASES},
@@ -116,7 +122,7 @@ _TABLE = (
     MetricSpec(
         name="symile_collective_seconds_total",
         kind="counter",
-        help="Time this rank spent in collectives, waiting for slower ranks included.",
+        help="Time of this rank in the collectives of objective and loop, waiting for slower ranks included.",
         unit="seconds",
         labels=("op",),
         label_values={"op": COLLECTIVES},
@@ -244,6 +250,13 @@ _TABLE = (
         label_values={"k": RETRIEVAL_DEPTHS},
     ),
     MetricSpec(
+        name="symile_contrastive_batch_accuracy_ratio",
+        kind="gauge",
+        help="Retrieval accuracy among this rank's rows of a training batch (at most 256), from 0 to 1.",
+        unit="ratio",
+        labels=("query",),
+    ),
+    MetricSpec(
         name="symile_contrastive_positive_score", kind="gauge", help="Mean score of positives, before logit_scale."
     ),
     MetricSpec(
@@ -274,6 +287,11 @@ _TABLE = (
         labels=("modality",),
     ),
     MetricSpec(
+        name="symile_history_write_errors_total",
+        kind="counter",
+        help="Records that did not reach history.jsonl or a logger (a full disk, say); training goes on.",
+    ),
+    MetricSpec(
         name="symile_run_start_seconds",
         kind="gauge",
         help="What the start of this group of ranks took, by phase; after a failure their sum is the recovery time.",
@@ -287,6 +305,13 @@ _TABLE = (
         kind="gauge",
         help="Samples of the global batch: the pool of negatives.",
         unit="samples",
+        owner="driver",
+    ),
+    MetricSpec(
+        name="symile_run_target_steps",
+        kind="gauge",
+        help="The step at which the run ends.",
+        unit="steps",
         owner="driver",
     ),
     MetricSpec(

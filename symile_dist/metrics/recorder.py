@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from symile_dist.metrics.exporter import Exporter
 from symile_dist.metrics.history import History
 from symile_dist.metrics.names import known_or_other
+from symile_dist.spans import Spans
 from symile_dist.types import Batch
 
 FETCH_COUNTERS = {
@@ -19,6 +20,30 @@ FETCH_COUNTERS = {
     "retries": "symile_data_retries_total",
 }
 """What the fetcher counts -> its metric."""
+GAUGES = {
+    "loss": "symile_train_loss",
+    "learning_rate": "symile_train_learning_rate",
+    "grad_norm": "symile_train_grad_norm",
+    "logit_scale": "symile_train_logit_scale",
+    "loss_scale": "symile_train_loss_scale",
+    "positive_score": "symile_contrastive_positive_score",
+    "negative_score": "symile_contrastive_negative_score",
+    "total_correlation_bound": "symile_contrastive_total_correlation_bound_nats",
+    "alignment": "symile_contrastive_alignment",
+}
+"""A training record's value -> its metric."""
+LABELLED_GAUGES = {
+    "uniformity": ("symile_contrastive_uniformity", "modality"),
+    "effective_rank": ("symile_contrastive_effective_rank", "modality"),
+    "batch_accuracy": ("symile_contrastive_batch_accuracy_ratio", "query"),
+}
+"""The same of values that are called `<key>/<label>`."""
+DEVICE_GAUGES = {
+    "memory_allocated": "symile_device_memory_allocated_bytes",
+    "memory_reserved": "symile_device_memory_reserved_bytes",
+    "memory_peak": "symile_device_memory_peak_bytes",
+    "peak_flops": "symile_device_peak_flops_per_second",
+}
 
 Publish = Callable[[dict[str, Any]], None]
 
@@ -35,6 +60,7 @@ class Recorder:
         history: the run's history; None on other ranks.
         publish: called with every record, for the driver's live view.
         tells_node: this rank tells what is true of its node.
+        on_gpu: times are the device's.
     """
 
     def __init__(
@@ -43,38 +69,54 @@ class Recorder:
         history: History | None = None,
         publish: Publish = _ignore,
         tells_node: bool = True,
+        on_gpu: bool = False,
     ) -> None:
         self.exporter, self.history, self.publish, self.tells_node = exporter, history, publish, tells_node
+        self.spans = Spans(on_gpu)
+        self.flops_per_sample: float | None = None
+        """Of the model, forward and backward; None before they are counted."""
         self._phases: defaultdict[str, float] = defaultdict(float)
+        self._missing: defaultdict[str, int] = defaultdict(int)
         self._fetched: dict[str, int] = {}
+        self._out_of_memory = self._write_errors = 0
         self._since = time.perf_counter()
-        self._steps = self._samples = 0
+        self._steps = self._samples = self._local_samples = self._bytes = 0
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> AbstractContextManager[None]:
         """Times a phase of the step (see PHASES in metrics/names.py)."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            seconds = time.perf_counter() - begin
-            self._phases[name] += seconds
-            if self.exporter:
-                self.exporter.increment("symile_train_phase_seconds_total", seconds, phase=name)
+        return self.spans.phase(name)
 
     def restart_clock(self) -> None:
         """Begins a new interval of speed measurement: set-up, validation and saving are not steps."""
+        self._count_phases()
         self._phases.clear()
+        self._missing.clear()
         self._since = time.perf_counter()
-        self._steps = self._samples = 0
+        self._steps = self._samples = self._local_samples = self._bytes = 0
 
-    def count_step(self, seconds: float, local_samples: int, global_samples: int, skipped_for: str | None) -> None:
+    def _count_phases(self) -> None:
+        seconds, collectives = self.spans.take()
+        for phase, each in seconds.items():
+            self._phases[phase] += each
+        if self.exporter:
+            for phase, each in seconds.items():
+                self.exporter.increment("symile_train_phase_seconds_total", max(0.0, each), phase=phase)
+            for operation, each in collectives.items():
+                self.exporter.increment("symile_collective_seconds_total", max(0.0, each), op=operation)
+
+    def count_step(
+        self, step: int, seconds: float, local_samples: int, global_samples: int, skipped_for: str | None
+    ) -> None:
         """`skipped_for`: one of SKIP_REASONS; None where the step was taken."""
         self._steps += 1
         self._samples += global_samples
+        self._local_samples += local_samples
+        self._count_phases()
         if self.exporter:
             self.exporter.increment("symile_train_steps_total")
+            self.exporter.set("symile_train_step", step)
             self.exporter.increment("symile_train_samples_total", local_samples)
+            self.exporter.increment("symile_train_model_flops_total", local_samples * (self.flops_per_sample or 0.0))
             self.exporter.observe("symile_train_step_duration_seconds", seconds)
             if skipped_for:
                 self.exporter.increment("symile_train_skipped_steps_total", reason=skipped_for)
@@ -85,9 +127,12 @@ class Recorder:
 
     def count_data(self, batch: Batch, queue_depth: int) -> None:
         """What reading a batch took, and what of it could not be read."""
+        read = batch.read
+        self._bytes += read.bytes
+        for modality, count in read.missing.items():
+            self._missing[modality] += count
         if not self.exporter:
             return
-        read = batch.read
         self.exporter.increment("symile_data_bytes_total", read.bytes)
         self.exporter.increment("symile_data_shards_opened_total", read.shards_opened)
         self.exporter.set("symile_data_queue_depth", queue_depth)
@@ -113,7 +158,40 @@ class Recorder:
         if "bytes_cached" in counters:
             self.exporter.set("symile_data_cache_bytes", counters["bytes_cached"])
 
-    def train_record(self, step: int, samples_seen: int, **values: float) -> None:
+    def tell_device(self, facts: Mapping[str, float]) -> None:
+        """What of DEVICE_GAUGES is known of this rank's device, and how often it had no memory (`out_of_memory`)."""
+        if not self.exporter:
+            return
+        for key, name in DEVICE_GAUGES.items():
+            if key in facts:
+                self.exporter.set(name, facts[key])
+        failed = int(facts.get("out_of_memory", 0))
+        self.exporter.increment("symile_device_ooms_total", max(0, failed - self._out_of_memory))
+        self._out_of_memory = failed
+
+    def own_speed(self) -> dict[str, float]:
+        """This rank's steps since the clock was started: seconds and bytes per step, by what they were spent on, and
+        the share of samples that lack a modality."""
+        steps = max(1, self._steps)
+        speed = {f"phases.{phase}": seconds / steps for phase, seconds in self._phases.items()}
+        speed["step_seconds"] = (time.perf_counter() - self._since) / steps
+        speed["data_bytes"] = self._bytes / steps
+        lacking = {f"missing/{name}": count / max(1, self._local_samples) for name, count in self._missing.items()}
+        return speed | lacking
+
+    def publish_ranks(self, step: int, table: list[dict[str, float]]) -> None:
+        """Every rank's figures, for the driver: too many for the history."""
+        if self.history:
+            self.publish({"kind": "ranks", "step": step, "table": table})
+
+    def efficiency(self, world_size: int, peak_flops: float | None) -> dict[str, float]:
+        """`flops_per_second` of all ranks, and `mfu` where the device's peak is known; nothing if not counted."""
+        if not self.flops_per_sample:
+            return {}
+        rate = self._samples * self.flops_per_sample / max(1e-9, time.perf_counter() - self._since)
+        return {"flops_per_second": rate} | ({"mfu": rate / (world_size * peak_flops)} if peak_flops else {})
+
+    def train_record(self, step: int, samples_seen: int, **values: Any) -> None:
         """A record of the last steps since the one before, with their speed."""
         seconds = max(1e-9, time.perf_counter() - self._since)
         speed = {
@@ -121,29 +199,24 @@ class Recorder:
             "step_seconds": seconds / max(1, self._steps),
             "data_wait_fraction": self._phases["data_wait"] / seconds,
         }
-        gauges = {
-            "loss": "symile_train_loss",
-            "learning_rate": "symile_train_learning_rate",
-            "grad_norm": "symile_train_grad_norm",
-            "logit_scale": "symile_train_logit_scale",
-            "positive_score": "symile_contrastive_positive_score",
-            "negative_score": "symile_contrastive_negative_score",
-            "total_correlation_bound": "symile_contrastive_total_correlation_bound_nats",
-        }
         if self.exporter:
-            for key, name in gauges.items():
+            for key, name in GAUGES.items():
                 if key in values:
                     self.exporter.set(name, values[key])
+            for key, value in values.items():
+                name, label = LABELLED_GAUGES.get(key.partition("/")[0], ("", ""))
+                if label and "/" in key:
+                    self.exporter.set(name, value, **{label: key.partition("/")[2]})
         self.record("train", step, samples_seen=samples_seen, **values, **speed)
         self.restart_clock()
 
-    def validation_record(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
+    def validation_record(self, step: int, samples_seen: int, values: dict[str, float], seconds: float) -> None:
         if self.exporter and self.history:  # one rank is enough: the values are global
             for key, value in values.items():
                 if key.startswith("accuracy/"):
                     query = key.removeprefix("accuracy/")
                     self.exporter.set("symile_contrastive_retrieval_accuracy_ratio", value, query=query, k="1")
-        self.record("validation", step, samples_seen=samples_seen, **values)
+        self.record("validation", step, samples_seen=samples_seen, **values, seconds=seconds)
 
     def checkpoint_record(self, step: int, samples_seen: int, size: int, seconds: float, stall: float) -> None:
         """Of a checkpoint that is whole: `seconds` from its beginning to its end, `stall` of them on the step loop."""
@@ -164,6 +237,13 @@ class Recorder:
         if self.exporter and files:
             self.exporter.increment("symile_checkpoint_damaged_files_total", files)
 
+    def count_resumed(self, saved_at: float, phases: Mapping[str, float]) -> None:
+        """A checkpoint of that time was found, verified and loaded."""
+        if self.exporter:
+            self.exporter.set("symile_checkpoint_last_success_timestamp_seconds", saved_at)
+            for operation, phase in (("verify", "checkpoint"), ("load", "load")):
+                self.exporter.observe("symile_checkpoint_duration_seconds", phases.get(phase, 0.0), op=operation)
+
     def start_record(self, step: int, phases: dict[str, float]) -> None:
         """How long the way into the first step took, phase by phase (see START_PHASES)."""
         if self.exporter:
@@ -172,12 +252,16 @@ class Recorder:
         rounded = {phase: round(seconds, 3) for phase, seconds in phases.items()}
         self.record("start", step, phases=rounded, seconds=round(sum(phases.values()), 3))
 
-    def event(self, step: int, message: str, level: str = "info") -> None:
-        self.record("event", step, message=message, level=level)
+    def event(self, step: int, message: str, level: str = "info", **values: Any) -> None:
+        self.record("event", step, message=message, level=level, **values)
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         if self.history:
             self.publish(self.history.write(kind, step, **values))
+            if self.exporter:
+                errors = self.history.write_errors
+                self.exporter.increment("symile_history_write_errors_total", max(0, errors - self._write_errors))
+                self._write_errors = errors
 
     def flush(self) -> None:
         if self.history:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 # From the bottom up. Names are those after `symile_dist.`; a package
 # stands for all of its modules, which may import each other. Names on one line do not.
 LAYERS: list[set[str]] = [
-    {"errors", "registry", "seeding", "configs", "environment", "failpoints", "signals"},
+    {"errors", "registry", "seeding", "configs", "environment", "failpoints", "signals", "spans", "devices"},
     {"config", "types", "similarity"},
     {"distributed", "storage", "hub"},
     {"metrics"},
@@ -24,12 +24,13 @@ LAYERS: list[set[str]] = [
     {"optim", "inner", "preflight"},
     {"engine"},
     {"gradcache"},
-    {"validate"},
-    {"step", "exported"},
+    {"validate", "flops"},
+    {"step", "exported", "vitals"},
     {"train"},
     {"rank"},
     {"view"},
-    {"worker", "cluster"},
+    {"monitor", "cluster"},
+    {"worker"},
     {"board"},
     {"group"},
     {"driver"},

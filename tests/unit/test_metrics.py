@@ -173,7 +173,11 @@ def test_impossible_port_falls_back() -> None:
 
 def test_listens_on_loopback_only_unless_told(exporter: Exporter) -> None:
     assert exporter.url is not None and exporter.url.startswith("http://127.0.0.1:")
-    assert exporter._server is not None and exporter._server.socket.getsockname()[0] == "127.0.0.1"
+    assert (
+        exporter._server is not None
+        and exporter._server._server is not None
+        and exporter._server._server.socket.getsockname()[0] == "127.0.0.1"
+    )
 
 
 def test_silent_client_does_not_hurt(exporter: Exporter) -> None:
