@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ def _print_json(content: Any) -> None:
 
 
 def _train_until_done(config: Any, options: argparse.Namespace, resume: bool) -> int:
+    import psutil
     from rich.console import Console
 
+    began = time.monotonic() - max(0.0, time.time() - psutil.Process().create_time())
     from symile_dist.driver import launch
 
     config = config.with_absolute_paths()
@@ -32,7 +35,7 @@ def _train_until_done(config: Any, options: argparse.Namespace, resume: bool) ->
     console = Console(stderr=True) if options.json else None
     fresh = getattr(options, "fresh", False)
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():  # Ray prints there too
-        result = launch(config, fresh, resume, plain=options.plain or None, console=console)
+        result = launch(config, fresh, resume, options.plain or None, console, began)
     code = EXIT_PREEMPTED if result["status"] == "preempted" else EXIT_OK
     if options.json:
         _print_json({**result, "run": str(config.run_directory)})
@@ -77,6 +80,18 @@ def _examine(config: Any, backend: str) -> None:
     before_submission(config, backend)
 
 
+def _known_runs(runs: Sequence[str]) -> list[Path]:
+    from symile_dist.launch.records import record_of, records
+
+    return [Path(record["run"]) for record in ([record_of(run) for run in runs] if runs else records())]
+
+
+def _state_folder() -> Path:
+    from symile_dist.launch.records import state_folder
+
+    return state_folder()
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from symile_dist.config import load_config
     from symile_dist.tools.doctor.command import examine, findings_table, summary
@@ -111,6 +126,22 @@ def _fork(options: argparse.Namespace) -> int:
     done = fork(options.run, options.new, options.step)
     words = f"{done['run']}: a run of its own, at step {done['step']}; train it: symile-dist resume {done['run']}"
     return _print_result(options, done, lambda: words)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from symile_dist.launch.records import record_of
+    from symile_dist.tools.compare import as_json, check_out, compare, tables
+
+    out = check_out(options.out, options.html)
+    found, files = compare(options.runs, options.key, options.x, record_of=record_of), []
+    if out is not None:
+        from symile_dist.tools.compare_page import write_figures
+
+        files = write_figures(found, out, options.html)
+    code = _print_result(options, as_json(found, files), lambda: tables(found))
+    if files and not options.json:
+        print(f"{out}: {', '.join(file.name for file in files)}")
+    return code
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -441,6 +472,14 @@ def _benchmark_checkpoint(options: argparse.Namespace) -> int:
     return _print_result(options, results, lambda: checkpoint_table(results))
 
 
+def _benchmark_metrics(options: argparse.Namespace) -> int:
+    from symile_dist.tools.benchmark_metrics import benchmark_metrics, metrics_table
+
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints there
+        results = benchmark_metrics(options.world_size, options.steps, options.log_every)
+    return _print_result(options, results, lambda: metrics_table(results))
+
+
 def _benchmark_data(options: argparse.Namespace) -> int:
     from symile_dist.tools.benchmark_data import benchmark_data, benchmark_data_tables
 
@@ -589,6 +628,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     from symile_dist.launch.arguments import add_commands, profile_argument, size_arguments
+    from symile_dist.tools.monitoring.arguments import add_commands as monitoring_commands
 
     parser.add_argument("--version", action="version", version=f"symile-dist {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -622,6 +662,7 @@ def build_parser() -> argparse.ArgumentParser:
     profile_argument(resume)
 
     add_commands(commands, _command, _print_result, _examine)
+    monitoring_commands(commands, _command, _print_result, _known_runs, _state_folder)
 
     doctor = _command(
         commands,
@@ -656,6 +697,26 @@ def build_parser() -> argparse.ArgumentParser:
     fork.add_argument("run", metavar="RUN", help="directory of the run that there is")
     fork.add_argument("new", metavar="NEW", help="directory of the new one; its name becomes the run's")
     fork.add_argument("--step", default="latest", help="a step, `latest` (default) or `best` (by validation)")
+
+    compare = _command(
+        commands,
+        "compare",
+        _compare,
+        "Runs side by side: their curves, their results, and what their configs differ in.",
+        "symile-dist compare runs/demo-symile runs/demo-clip --out comparison --html",
+    )
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="names or directories, two or more")
+    compare.add_argument(
+        "--key",
+        nargs="+",
+        default=[],
+        metavar="KIND.KEY",
+        help="curves: keys of history.jsonl, `*` stands for anything (default: train.loss validation.loss "
+        "'validation.accuracy/*' train.samples_per_second)",
+    )
+    compare.add_argument("--x", default="steps", choices=["steps", "samples", "time"], help="default: steps")
+    compare.add_argument("--out", metavar="DIR", help="also write each curve there, as PNG and SVG")
+    compare.add_argument("--html", action="store_true", help="also write one page that holds everything, into --out")
 
     evaluate = _command(
         commands,
@@ -1047,6 +1108,17 @@ def build_parser() -> argparse.ArgumentParser:
     checkpoint.add_argument("--megabytes", type=int, default=200, metavar="MB", help="training state (default: 200)")
     checkpoint.add_argument("--repeats", type=int, default=5, help="saves of each kind (default: 5)")
     checkpoint.add_argument("--work", metavar="DIR", help="folder on the disk to measure (default: a temporary one)")
+
+    metrics = _command(
+        benchmark_commands,
+        "metrics",
+        _benchmark_metrics,
+        "What metrics, history and signs of health take of a training step.",
+        "symile-dist benchmark metrics --steps 60",
+    )
+    metrics.add_argument("--world-size", type=int, default=2, help="ranks (default: 2)")
+    metrics.add_argument("--steps", type=int, default=60, help="timed steps (default: 60)")
+    metrics.add_argument("--log-every", type=int, default=10, help="steps between records (default: 10)")
 
     calibrate = _command(
         benchmark_commands,

@@ -49,15 +49,17 @@ def launch(
     resume: bool = False,
     plain: bool | None = None,
     console: Console | None = None,
+    began: float | None = None,
 ) -> dict[str, Any]:
     """What `symile-dist train` does: checks everything, then makes the run directory, then trains.
 
-    Arguments as in `run_directory.check` and `run`. Returns and raises what `run` does; after a ValueError nothing has
-    been written.
+    Arguments as in `run_directory.check` and `run`; `began` (time.monotonic()) is when the command did. Returns and
+    raises what `run` does; after a ValueError nothing has been written.
     """
+    began = time.monotonic() if began is None else began
     with terminating(config.ray.grace_seconds) as terminated:
         try:
-            return _launch(config, fresh, resume, plain, console, terminated)
+            return _launch(config, fresh, resume, plain, console, began, terminated)
         except KeyboardInterrupt:
             if not terminated.is_set():
                 raise
@@ -70,6 +72,7 @@ def _launch(
     resume: bool,
     plain: bool | None,
     console: Console | None,
+    began: float,
     terminated: threading.Event,
 ) -> dict[str, Any]:
     take_secrets()
@@ -90,7 +93,7 @@ def _launch(
     with locked(directory) as lease:
         holder = _claim_mirror(config, lease, fresh, resume)
         run_directory.prepare(config, fresh, resume)
-        return run(config, lease, terminated, holder, plain, console)
+        return run(config, lease, terminated, holder, plain, console, began)
 
 
 def _claim_mirror(config: Config, lease: Lease, fresh: bool, resume: bool) -> str:
@@ -134,11 +137,12 @@ def run(
     mirror_holder: str = "",
     plain: bool | None = None,
     console: Console | None = None,
+    began: float | None = None,
 ) -> dict[str, Any]:
     """Trains, with restarts, until the last step, in a directory that is prepared and on a Ray that is started.
 
     `terminated` is set when it shall save and stop. `console` is where the live view is drawn (standard output when
-    left out), `plain` asks for lines in its place.
+    left out), `plain` asks for lines in its place. `began`: as of `launch`.
 
     Returns {"status": "finished", "restarts": ..., "seconds": ...} and what `TrainState` holds at the end; the status
     is "preempted" where it was told to stop. Raises ValueError for a user's mistake that only a worker could see,
@@ -150,7 +154,7 @@ def run(
     tell_run(directory, status="running", pid=os.getpid(), failures=[])
     view = TerminalView(config.run.name, config.train.steps, console=console, plain=plain)
     view.start()
-    monitor = Monitor(config, own_address())
+    monitor = Monitor(config, own_address(), began)
     if monitor.url:
         view.note(f"watch it: {monitor.url}")
     outcome = {"status": "interrupted", "message": "interrupted by a signal"}

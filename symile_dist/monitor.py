@@ -29,11 +29,15 @@ WRITE_SECONDS = 5.0
 class Monitor:
     """Of one driver. Nothing that goes wrong here ends the run. Safe to call from several threads."""
 
-    def __init__(self, config: Config, host: str | None = None) -> None:
-        """`host`: how other machines call this one."""
+    def __init__(self, config: Config, host: str | None = None, began: float | None = None) -> None:
+        """
+        Args:
+            host: how other machines call this one.
+            began: when the driver did (time.monotonic()): its time counts from then on.
+        """
         self._config, self._directory = config, config.run_directory
         self._lock = threading.RLock()
-        self._goodput = Goodput(read_goodput(self._directory))
+        self._goodput = Goodput(read_goodput(self._directory), began)
         self._ranks: dict[int, dict[str, Any]] = {}
         self._step = 0
         self._next_write = 0.0

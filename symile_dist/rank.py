@@ -24,6 +24,7 @@ from symile_dist.health.guard import ADVICE, RollBack, gone_back
 from symile_dist.health.lease import superseded
 from symile_dist.health.stop import StopRequest
 from symile_dist.metrics.history import History
+from symile_dist.metrics.loggers import loggers_of
 from symile_dist.metrics.recorder import Recorder
 from symile_dist.preflight import newest_checkpoint
 from symile_dist.train import TrainState, train
@@ -100,7 +101,7 @@ def train_rank(
         done("load")
     failpoint("start.loaded", rank, state.step)
     if rank == 0:
-        recorder.history = History(config.run_directory, resume_step=state.step)
+        recorder.history = History(config.run_directory, resume_step=state.step, loggers=loggers_of(config))
     if manifest:
         recorder.event(state.step, f"resumed from step {state.step}")
     elif source:
@@ -119,7 +120,7 @@ def train_rank(
             manifest, state = _go_back(engine, checkpoints, recorder, state, rollback)
             loader = _open_loader(config, rank, manifest)
             if rank == 0:
-                recorder.history = History(config.run_directory, resume_step=state.step)
+                recorder.history = History(config.run_directory, resume_step=state.step, loggers=loggers_of(config))
             recorder.count_rollback()
             words = f"back to step {state.step}; steps {rollback.first} to {rollback.last} are left out"
             recorder.event(state.step, words, level="warning", back_to=state.step)

@@ -145,20 +145,27 @@ def write_ranks(directory: Path, ranks: dict[int, dict[str, Any]]) -> None:
     write_json(directory / RANKS_FILE, [ranks[rank] for rank in sorted(ranks)])
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """`key: old -> new` for every key in which two configs differ, but for run.name, run.directory and `evaluation`."""
+def flat_config(config: Config | dict[str, Any]) -> dict[str, Any]:
+    """`section.key` -> value of every key of a config, or of one as plain data, but for run.name and run.directory."""
 
     def flatten(value: Any, path: str) -> dict[str, Any]:
         if not isinstance(value, dict) or not value:
             return {path: value}
         flat: dict[str, Any] = {}
         for key, item in value.items():
-            flat |= flatten(item, f"{path}.{key}" if path else key)
+            flat |= flatten(item, f"{path}.{key}" if path else str(key))
         return flat
 
-    exclude: Any = {"run": {"name", "directory"}, "evaluation": True}
-    before = flatten(old.model_dump(mode="json", exclude=exclude), "")
-    after = flatten(new.model_dump(mode="json", exclude=exclude), "")
+    flat = flatten(config if isinstance(config, dict) else config.model_dump(mode="json"), "")
+    return {key: value for key, value in flat.items() if key not in ("run.name", "run.directory")}
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """`key: old -> new` for every key in which two configs differ, but for run.name, run.directory and `evaluation`."""
+    before, after = (
+        {key: value for key, value in flat_config(config).items() if key.partition(".")[0] != "evaluation"}
+        for config in (old, new)
+    )
     keys = dict.fromkeys([*before, *after])
     changed = [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
     if sorted(old.modalities) == sorted(new.modalities) and list(old.modalities) != list(new.modalities):

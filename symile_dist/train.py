@@ -176,7 +176,7 @@ def _count(
     state.samples_seen += valid
     state.unreadable_samples += config.train.global_batch_size - valid
     recorder.count_step(state.step, seconds, local, valid, skipped_for)
-    recorder.count_data(batch, loader.queue_depth)
+    recorder.count_data(batch, local, loader.queue_depth)
     if valid < config.train.global_batch_size:
         _unreadable(config, state, batch, loader, recorder)
     return {wish for wish, number in zip(wishes, wished, strict=True) if number}

@@ -16,12 +16,12 @@ from symile_dist.similarity import Similarity
 from symile_dist.types import Batch, Representation
 
 ROWS = 256
-SHARE = 1 / 400
+SHARE = 1 / 1000
 """Of the time, that may be spent here."""
 
 
 class Vitals:
-    """Looks as often as it may without being felt: after a look that took a second, not again for 400."""
+    """Looks as often as it may without being felt: after a look that took a second, not again for 1,000."""
 
     def __init__(
         self,

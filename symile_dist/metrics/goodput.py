@@ -27,6 +27,7 @@ class Goodput:
     def __init__(
         self,
         before: Mapping[str, Any] | None = None,
+        began: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         date: Callable[[], float] = time.time,
     ) -> None:
@@ -34,6 +35,7 @@ class Goodput:
         Args:
             before: what `told` gave to an earlier driver of the run, which counts on. If that one did not come to
                 `end`, what was pending is lost, and the time since then was spent on its restart.
+            began: when this driver did, by `clock`; now, when left out.
         """
         self._clock, self._date = clock, date
         self._seconds = dict.fromkeys(RUN_STATES, 0.0)
@@ -41,7 +43,7 @@ class Goodput:
         self._pending: deque[list[float]] = deque()
         """[moment of the end, seconds], oldest first."""
         self._state: State = "init"
-        self._since = clock()
+        self._since = clock() if began is None else began
         if before:
             self._go_on(before)
 
@@ -52,7 +54,8 @@ class Goodput:
         self.restarts = {cause: int(count) for cause, count in before.get("restarts", {}).items()}
         self._seconds["lost"] += float(seconds.get(PENDING, 0.0))
         if not before.get("ended", True):
-            self._seconds["restart"] += max(0.0, self._date() - float(before.get("updated", self._date())))
+            begun = self._date() - (self._clock() - self._since)
+            self._seconds["restart"] += max(0.0, begun - float(before.get("updated", begun)))
             self._state = "restart"
 
     def _count(self) -> None:

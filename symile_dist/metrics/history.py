@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from symile_dist.failpoints import failpoint
 from symile_dist.metrics.loggers import CLOSE_SECONDS, BackgroundLogger, MakeLogger, TensorBoardLogger
 from symile_dist.storage import sync_directory
 
@@ -40,7 +41,13 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    return [{key: _decoded(value) for key, value in record.items()} for _, record in _parsed_lines(path)]
+    return list(iterate_history(path))
+
+
+def iterate_history(path: Path) -> Iterator[dict[str, Any]]:
+    """As `read_history`, one record after the other: a whole history takes far more memory than its figures."""
+    for _, record in _parsed_lines(path):
+        yield {key: _decoded(value) for key, value in record.items()}
 
 
 def _parsed_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -144,7 +151,7 @@ class History:
             record["samples_seen"] = int(samples_seen)
         record.update((key, _plain(value)) for key, value in values.items())
         line = json.dumps(_encoded(record), ensure_ascii=False, allow_nan=False) + "\n"
-        self._guarded(self._append, line.encode("utf-8", errors="replace"))
+        self._guarded(self._append, line.encode("utf-8", errors="replace"), record["step"])
         for each in self._loggers:
             each.write(record)
         return record
@@ -210,7 +217,8 @@ class History:
                 self._file.write(b"\n")
         return self._file
 
-    def _append(self, line: bytes) -> None:
+    def _append(self, line: bytes, step: int) -> None:
+        failpoint("history.write", 0, step)
         file = self._file or self._open()
         size = file.seek(0, os.SEEK_END)
         try:

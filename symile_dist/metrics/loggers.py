@@ -315,11 +315,11 @@ class WandbLogger:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, record: Record) -> None:
-        self._step = int(record["step"])
+        self._step = max(self._step, record["step"])
         self._failed = self._failed or (record["kind"] == "end" and record.get("status") == "failed")
         values = dict(numbers(record))
         if values:
-            self._run.log({"step": self._step, **values})
+            self._run.log({"step": record["step"], **values})
 
     def flush(self) -> None:
         """It sends by itself."""
@@ -378,12 +378,12 @@ class MlflowLogger:
         self._step, self._failed = 0, False
 
     def write(self, record: Record) -> None:
-        self._step = int(record["step"])
+        self._step = max(self._step, record["step"])
         self._failed = self._failed or (record["kind"] == "end" and record.get("status") == "failed")
         milliseconds = int(record["time"] * 1000)
         for key, value in numbers(record):
             name = re.sub(r"[^\w\-. :/]", "_", key)[:250]
-            self._metrics.append(self._metric(name, float(value), milliseconds, self._step))
+            self._metrics.append(self._metric(name, float(value), milliseconds, record["step"]))
         if len(self._metrics) == self.PENDING:
             raise RuntimeError("MLflow does not take records; the oldest are left out")
 

@@ -255,8 +255,8 @@ _PANELS: tuple[Panel, ...] = (
         key="grad_norm",
         title="Gradient norm",
         description=(
-            "Before clipping. Growing tenfold: an unstable run (lower the learning rate, warm up for longer); near 0: "
-            "a saturated loss, or frozen parameters."
+            "Before clipping. Growing tenfold: an unstable run (lower optimizer.lr, raise optimizer.warmup_steps); "
+            "near 0: a saturated loss, or frozen parameters."
         ),
         dashboard="training",
         row="Optimizer",

@@ -175,7 +175,7 @@ def table(
         name = parts[bisect.bisect_right(begins, operation.begin) - 1][1]
         spent[name][operation.name] += operation.microseconds
     rows = []
-    for name in sorted(own, key=own.__getitem__, reverse=True):
+    for name in sorted((name for name in own if own[name] > 0), key=own.__getitem__, reverse=True):
         operators = spent[name]
         rows.append(
             {
@@ -200,7 +200,7 @@ def bound_by(phase: str, operators: Mapping[str, float], microseconds: float, on
         return "data: the loader's processes, the store, or the decoding"
     if phase == "gather":
         return BOUND_BY["collectives"]
-    if busy < IDLE * microseconds:
+    if busy <= IDLE * microseconds:
         return "the host: the device is idle" if on_device else "the host: Python, or waiting"
     kinds: defaultdict[str, float] = defaultdict(float)
     for operator, each in operators.items():

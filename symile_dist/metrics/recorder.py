@@ -125,8 +125,8 @@ class Recorder:
         if self.exporter:
             self.exporter.increment("symile_train_rollbacks_total")
 
-    def count_data(self, batch: Batch, queue_depth: int) -> None:
-        """What reading a batch took, and what of it could not be read."""
+    def count_data(self, batch: Batch, local_samples: int, queue_depth: int) -> None:
+        """What reading a batch took, and what of it could not be read; `local_samples` of its slots are valid."""
         read = batch.read
         self._bytes += read.bytes
         for modality, count in read.missing.items():
@@ -143,7 +143,7 @@ class Recorder:
         name = "symile_data_read_errors_total"
         for fault in batch.faults:
             self.exporter.increment(name, kind=known_or_other(name, "kind", fault.kind))
-        unreadable = int((~batch.valid).sum())
+        unreadable = len(batch) - local_samples
         if unreadable:
             self.exporter.increment("symile_data_dropped_samples_total", unreadable, reason="unreadable")
 

@@ -34,11 +34,14 @@ STATIC = Path(__file__).parent / "static"
 ASSETS = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
-    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
-    "/chart.js": ("chart.js", "text/javascript; charset=utf-8"),
-    "/format.js": ("format.js", "text/javascript; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
+    "/favicon.ico": ("icon.svg", "image/svg+xml"),
+    **{
+        f"/{name}.js": (f"{name}.js", "text/javascript; charset=utf-8")
+        for name in ("page", "chart", "curves", "data", "dom", "format", "tables")
+    },
 }
+"""Path -> (file of the package, content type)."""
 READ_SECONDS = 0.4
 """Of one request, for reading a long history: what is left over is read by the next ones."""
 LARGEST_STEP = 10**15
@@ -215,7 +218,7 @@ def _panels() -> dict[str, Any]:
             row = asdict(panel)
             del row["queries"]
             rows.append(row)
-    return {"rows": rows, "phases": [*PHASES, "other"]}
+    return {"rows": rows, "phases": list(dict.fromkeys((*PHASES, "other")))}
 
 
 def _wanted() -> dict[str, tuple[frozenset[str], tuple[str, ...]]]:

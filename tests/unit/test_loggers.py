@@ -428,6 +428,7 @@ def test_mlflow_keeps_the_same_run_over_restarts_and_rollbacks(tmp_path: Path, m
     history = open_history(config, resume_step=2)
     for step in range(3, 7):
         history.write("train", step, loss=math.nan if step == 4 else 10.0 * step)
+    history.write("checkpoint", 4, bytes=100)  # whole only now
     history.close()
     assert history.write_errors == 0
     client, again = only_run(mlflow_folder, "cubes")

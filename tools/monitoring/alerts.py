@@ -1,8 +1,8 @@
 """The alert rules: when a person should be told, and not before.
 
-An expression sees a run by the labels `run` and `run_id`, which its alert keeps. A run that has ended takes its endpoints
-off the list, and their series end with them: where a rule looks back over a window it asks, too, that some endpoint still
-answers. What is true of any start or restart for a while is waited out by `hold`.
+An expression sees a run by the labels `run` and `run_id`, which its alert keeps. A run that has ended takes its
+endpoints off the list, and their series end with them: where a rule looks back over a window it asks, too, that some
+endpoint still answers. What is true of any start or restart for a while is waited out by `hold`.
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ def alerts(time_scale: float = 1.0) -> list[Alert]:
         Alert(
             name="DataStarved",
             expression=(
-                f"max {_BY} (sum by (run, run_id, rank) "
-                f'(rate(symile_train_phase_seconds_total{{phase="data_wait"}}[{minutes(5)}]))) > 0.2 and {_JOIN} {_ALIVE}'
+                f'max {_BY} (sum by (run, run_id, rank) (rate(symile_train_phase_seconds_total{{phase="data_wait"}}'
+                f"[{minutes(5)}]))) > 0.2 and {_JOIN} {_ALIVE}"
             ),
             hold=minutes(10),
             severity="warning",
@@ -181,8 +181,8 @@ def alerts(time_scale: float = 1.0) -> list[Alert]:
             severity="warning",
             summary="{{ $labels.run }}: {{ $value | humanize }} samples/s, less than 70% of the last hour's median",
             description=(
-                "For ten minutes. Fewer ranks, a slower store, a neighbour on the network or a throttled device. First: "
-                "the dashboard performance, which phase has grown"
+                "For ten minutes. Fewer ranks, a slower store, a neighbour on the network or a throttled device. "
+                "First: the dashboard performance, which phase has grown"
             ),
         ),
         Alert(
@@ -218,8 +218,8 @@ def alerts(time_scale: float = 1.0) -> list[Alert]:
             severity="warning",
             summary="{{ $labels.run }}: no checkpoint for two hours, or saves fail",
             description=(
-                "A failure now would cost what came since. Is there room on the disk, and does checkpoint.every ask for "
-                "any? First: symile-dist checkpoints list {{ $labels.run }}"
+                "A failure now would cost what came since. Is there room on the disk, and does checkpoint.every ask "
+                "for any? First: symile-dist status {{ $labels.run }}"
             ),
         ),
         Alert(
@@ -232,8 +232,8 @@ def alerts(time_scale: float = 1.0) -> list[Alert]:
             severity="critical",
             summary="{{ $labels.run }}: {{ $value | humanize }} restarts within an hour",
             description=(
-                "The run ends by itself once ray.max_failures come without a new checkpoint between. First: the causes in "
-                "symile-dist status {{ $labels.run }}, then the log of the rank that it names"
+                "The run ends by itself once ray.max_failures come without a new checkpoint between. First: the causes "
+                "in symile-dist status {{ $labels.run }}, then the log of the rank that it names"
             ),
         ),
         Alert(
@@ -261,9 +261,7 @@ def rules(time_scale: float = 1.0, runbook: str = RUNBOOK) -> dict[str, Any]:
         runbook: where docs/runbook.md stands for whoever reads an alert: a file or a URL.
     """
     made = alerts(time_scale)
-    group: list[dict[str, Any]] = [
-        {"record": record.name, "expr": record.expression} for record in records(time_scale)
-    ]
+    group: list[dict[str, Any]] = [{"record": record.name, "expr": record.expression} for record in records(time_scale)]
     group += [
         {
             "alert": alert.name,
