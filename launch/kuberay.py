@@ -31,6 +31,7 @@ from symile_dist.launch.job import ENDED, Job, JobStatus, State
 from symile_dist.launch.kuberay_models import (
     MAX_NAME,
     AuthOptions,
+    Authorization,
     Capabilities,
     ClaimName,
     Command,
@@ -57,6 +58,7 @@ from symile_dist.launch.kuberay_models import (
     RayClusterSpec,
     RayJob,
     RayJobSpec,
+    Relabeling,
     Resources,
     SecretKey,
     SecretName,
@@ -68,12 +70,15 @@ from symile_dist.launch.kuberay_models import (
 )
 from symile_dist.launch.local import state_of
 from symile_dist.launch.processes import output_of
+from symile_dist.metrics.discovery import run_id
 
 WHAT = "--on kuberay"
 RUN_LABEL, JOB_LABEL = "symile-dist/run", "symile-dist/job"
 CONFIG_FOLDER, CONFIG_FILE = "/etc/symile-dist", "config.yaml"
-METRICS_PORT = 9400
-"""Of a node's first rank, where the config leaves it to the system: Prometheus has to know it beforehand."""
+METRICS_PORT, DRIVER_PORT = 9400, 9390
+"""Of a node's first rank and of the driver, where the config leaves them to the system: Prometheus has to know them
+beforehand."""
+LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")
 RAY_METRICS_PORT = 8080
 OBJECT_STORE_BYTES = 2**30
 """/dev/shm is the loaders'; Ray would take a third of the pod's memory, and little goes through its store."""
@@ -178,9 +183,12 @@ def config_for_pods(config: Config) -> Config:
     metrics = config.metrics
     if not metrics.enabled:
         return config
-    address = "0.0.0.0" if metrics.address == type(metrics)().address else metrics.address
-    changed = metrics.model_copy(update={"address": address, "port": metrics.port or METRICS_PORT})
-    return config.model_copy(update={"metrics": changed})
+    changed = {
+        "address": "0.0.0.0" if metrics.address == type(metrics)().address else metrics.address,
+        "port": metrics.port or METRICS_PORT,
+        "driver_port": metrics.driver_port or DRIVER_PORT,
+    }
+    return config.model_copy(update={"metrics": metrics.model_copy(update=changed)})
 
 
 def _labels(job: Job) -> dict[str, str]:
@@ -202,15 +210,59 @@ def _rank_ports(job: Job) -> list[ContainerPort]:
     return [ContainerPort(name=f"rank-{rank}", container_port=metrics.port + rank) for rank in range(ranks)]
 
 
+def _driver_ports(job: Job) -> list[ContainerPort]:
+    metrics = config_for_pods(job.config).metrics
+    return [ContainerPort(name="driver", container_port=metrics.driver_port)] if metrics.enabled else []
+
+
+def _endpoint(job: Job, port: str, role: str) -> MetricsEndpoint:
+    """With the labels that rules and dashboards go by. Which global rank a pod's first is nobody knows beforehand:
+    `rank` is the pod's name and its port's."""
+    labels = {"run": job.name, "run_id": run_id(job.config.run_directory), "role": role}
+    relabelings = [Relabeling(target_label=label, replacement=value) for label, value in labels.items()]
+    found = {"host": ["__meta_kubernetes_pod_node_name"]}
+    if role == "rank":
+        found["rank"] = ["__meta_kubernetes_pod_name", "__meta_kubernetes_pod_container_port_name"]
+    relabelings += [
+        Relabeling(source_labels=sources, separator="/" if len(sources) > 1 else None, target_label=label)
+        for label, sources in found.items()
+    ]
+    secret, _, key = (job.profile.kuberay.pod_monitor_token or "").partition("/")
+    authorization = Authorization(credentials=SecretKey(name=secret, key=key)) if secret else None
+    return MetricsEndpoint(
+        port=port, path="/metrics", interval="15s", relabelings=relabelings, authorization=authorization
+    )
+
+
+def _refuse_unreachable(job: Job) -> None:
+    """Raises ValueError where a PodMonitor would find nothing."""
+    metrics = job.config.metrics
+    if not metrics.enabled:
+        return
+    if LOOPBACK.fullmatch(config_for_pods(job.config).metrics.address):
+        raise ValueError(
+            f"{WHAT}: metrics.address={metrics.address}: Prometheus reaches no pod's loopback; leave the key out (all "
+            "interfaces), or set `pod_monitor: false` in the profile"
+        )
+    if metrics.token_file and not job.profile.kuberay.pod_monitor_token:
+        raise ValueError(
+            f"{WHAT}: metrics.token_file: Prometheus needs the token too; name a secret that holds it, "
+            "`pod_monitor_token: SECRET/KEY` in the profile, or set `pod_monitor: false`"
+        )
+
+
 def _pod_monitor(job: Job) -> PodMonitor:
-    ports = ["metrics", *(port.name for port in _rank_ports(job))]
+    _refuse_unreachable(job)
+    endpoints = [MetricsEndpoint(port="metrics", path="/metrics", interval="15s")]  # of Ray
+    endpoints += [_endpoint(job, port.name, "driver") for port in _driver_ports(job)]
+    endpoints += [_endpoint(job, port.name, "rank") for port in _rank_ports(job)]
     return PodMonitor(
         metadata=_metadata(job, job.profile.kuberay.pod_monitor_labels),
         spec=PodMonitorSpec(
             job_label=RUN_LABEL,
             pod_target_labels=[JOB_LABEL],
             selector=Selector(match_labels={JOB_LABEL: name_of(job)}),
-            pod_metrics_endpoints=[MetricsEndpoint(port=port, path="/metrics", interval="15s") for port in ports],
+            pod_metrics_endpoints=endpoints,
         ),
     )
 
@@ -290,6 +342,7 @@ def _head(job: Job, image: str) -> HeadGroup:
             ContainerPort(name="dashboard", container_port=8265),
             ContainerPort(name="client", container_port=10001),
             ContainerPort(name="metrics", container_port=RAY_METRICS_PORT),
+            *_driver_ports(job),
         ],
         env=_environment(job),
         resources=_same(cpu=str(profile.head_cpus), memory=profile.head_memory),

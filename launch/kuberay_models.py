@@ -274,10 +274,33 @@ class Selector(Part):
     match_labels: dict[LabelKey, Label]
 
 
+class Relabeling(Part):
+    """A label of an endpoint: from labels of its pod that Prometheus finds, or always the same."""
+
+    source_labels: list[Annotated[str, Field(pattern=r"^__meta_kubernetes_[a-z0-9_]+$")]] | None = None
+    separator: str | None = None
+    target_label: Annotated[str, Field(pattern=r"^[a-z_]+$")]
+    replacement: str | None = None
+
+    @model_validator(mode="after")
+    def _from_somewhere(self) -> Self:
+        if (self.source_labels is None) == (self.replacement is None):
+            raise ValueError(f"{self.target_label}: either from other labels or always the same")
+        return self
+
+
+class Authorization(Part):
+    """A bearer token."""
+
+    credentials: SecretKey
+
+
 class MetricsEndpoint(Part):
     port: PortName
     path: Annotated[str, Field(pattern=r"^/")]
     interval: Annotated[str, Field(pattern=r"^[0-9]+(ms|s|m|h)$")]
+    relabelings: list[Relabeling] | None = None
+    authorization: Authorization | None = None
 
 
 class PodMonitorSpec(Part):

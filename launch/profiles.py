@@ -143,6 +143,8 @@ class KubeRayProfile(Section):
     """Also make a PodMonitor, for the Prometheus operator."""
     pod_monitor_labels: dict[str, str] = Field(default_factory=dict)
     """Its labels, where the operator looks for some: often `release: NAME`."""
+    pod_monitor_token: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")] | None = None
+    """SECRET/KEY that holds what metrics.token_file does, where the config has one."""
     ray_version: str = "2.60.0"
     """That of the image."""
 

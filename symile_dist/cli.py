@@ -120,6 +120,25 @@ def _benchmark_calibrate(options: argparse.Namespace) -> int:
     return _print_result(options, *found)
 
 
+def _view(options: argparse.Namespace) -> int:
+    from symile_dist.launch.records import record_of
+    from symile_dist.tools.view_command import view, visible
+
+    return view(visible(options.run, record_of(options.run)["run"]), options)
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from symile_dist.launch.records import record_of
+    from symile_dist.tools.view_command import visible, watch
+    from symile_dist.view.watch import summary
+
+    directory = visible(options.run, record_of(options.run)["run"])
+    if options.json:
+        _print_json(summary(directory))
+        return EXIT_OK
+    return watch(directory, options)
+
+
 def _fork(options: argparse.Namespace) -> int:
     from symile_dist.tools.fork import fork
 
@@ -629,6 +648,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     from symile_dist.launch.arguments import add_commands, profile_argument, size_arguments
     from symile_dist.tools.monitoring.arguments import add_commands as monitoring_commands
+    from symile_dist.tools.view_command import add_view_arguments, add_watch_arguments
 
     parser.add_argument("--version", action="version", version=f"symile-dist {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -686,6 +706,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _config_arguments(plan)
     plan_command.add_arguments(plan)
+
+    watched = _command(
+        commands,
+        "watch",
+        _watch,
+        "A run in the terminal, live or ended, from its directory alone; ends when the run has.",
+        "symile-dist watch demo-symile",
+    )
+    add_watch_arguments(watched)
+    viewed = _command(
+        commands,
+        "view",
+        _view,
+        "A run as a web page, live or ended, from its directory alone; Ctrl-C ends it.",
+        "symile-dist view runs/demo-symile",
+        json_option=False,
+    )
+    add_view_arguments(viewed)
 
     fork = _command(
         commands,

@@ -140,7 +140,8 @@ def check_agreement(description: str, problem: str | None, group: Group = None) 
     host = host_group(group)
     digest = int.from_bytes(hashlib.blake2b(description.encode(), digest_size=7).digest(), "big")
     found = torch.tensor([digest, -digest, problem is not None])
-    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=host)
+    with collective("all_reduce"):  # the first in which a rank waits for slower ones
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=host)
     highest, negated_lowest, any_problem = found.tolist()
     if highest == -negated_lowest and not any_problem:
         return

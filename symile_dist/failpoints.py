@@ -3,8 +3,9 @@
     SYMILE_DIST_FAILPOINTS='[{"at": "checkpoint.half_written", "rank": 1, "step": 20, "do": "kill", "once": "/tmp/x"}]'
 
 `do`: kill (SIGKILL), stop (SIGSTOP), hang (sleeps, holding the GIL), raise (OSError ENOSPC). `rank` and `step` may be
-left out: any. `once` names a file that is made when the fault happens: it happens once, in whichever process. `after`:
-so many seconds later, wherever the process is then (kill and stop).
+left out: any. `once` names a file that is made when the fault happens: it happens once, in whichever process. `while`
+names a file: only as long as it is there. `after`: so many seconds later, wherever the process is then (kill and
+stop).
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def failpoint(at: str, rank: int, step: int) -> None:
         return
     for fault in _asked_for(text):
         if fault["at"] != at or fault.get("rank", rank) != rank or fault.get("step", step) != step:
+            continue
+        if "while" in fault and not os.path.exists(fault["while"]):
             continue
         if "once" in fault:
             try:

@@ -10,7 +10,7 @@ import torch
 
 from symile_dist.checkpoint.interval import SaveInterval
 from symile_dist.checkpoint.manager import CheckpointManager, seed_everything
-from symile_dist.checkpoint.manifest import Manifest
+from symile_dist.checkpoint.manifest import CHECKPOINTS, Manifest, written_at
 from symile_dist.checkpoint.reshape import consolidated_weights
 from symile_dist.config import Config
 from symile_dist.data.loader import TrainingLoader, open_training
@@ -99,6 +99,7 @@ def train_rank(
     if manifest:
         checkpoints.load(engine, manifest)
         done("load")
+        recorder.count_resumed(written_at(config.run_directory / CHECKPOINTS, manifest.step), attempt.phases)
     failpoint("start.loaded", rank, state.step)
     if rank == 0:
         recorder.history = History(config.run_directory, resume_step=state.step, loggers=loggers_of(config))

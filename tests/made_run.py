@@ -102,7 +102,15 @@ def records(
     def note(kind: str, step: int, **values: Any) -> dict[str, Any]:
         return {"kind": kind, "step": step, "time": BEGIN + 0.45 * step, **values}
 
-    start = {"wait": 2.0, "workers": 8.1, "import": 1.5, "checkpoint": 0.2, "data": 0.4, "model": 2.2, "first_step": 0.9}
+    start = {
+        "wait": 2.0,
+        "workers": 8.1,
+        "import": 1.5,
+        "checkpoint": 0.2,
+        "data": 0.4,
+        "model": 2.2,
+        "first_step": 0.9,
+    }
     yield note("start", 1, phases=start, seconds=sum(start.values()))
     for step in range(every, last + 1, every):
         record = train_record(step, random_, total)
@@ -118,7 +126,9 @@ def records(
             record["grad_norm"] = math.inf
         yield record
         if step // every == 210:
-            yield note("event", step, message=f"step {step} is a spike (loss): loss 9.1, gradient norm 40", level="warning")
+            yield note(
+                "event", step, message=f"step {step} is a spike (loss): loss 9.1, gradient norm 40", level="warning"
+            )
         if step % 250 == 0:
             accuracy = {
                 f"accuracy/{name}": min(0.99, 0.9 * fraction + random_.gauss(0, 0.01))
@@ -130,7 +140,12 @@ def records(
             yield note("checkpoint", step, bytes=2_310_000_000, seconds=7.4 + random_.uniform(0, 1), stall_seconds=0.03)
             yield note("mirror", step, seconds=21.0 + random_.uniform(0, 4))
         if step == 1500:
-            yield note("event", 1490, message="step 1490: loss or gradients were not finite for 3 steps in a row", level="error")
+            yield note(
+                "event",
+                1490,
+                message="step 1490: loss or gradients were not finite for 3 steps in a row",
+                level="error",
+            )
             yield note("event", 1000, message="back to step 1000; steps 1480 to 1490 are left out", level="warning")
             for again in range(1000 + every, 1500 + 1, every):
                 yield train_record(again, random_, total)
@@ -141,7 +156,14 @@ def records(
             yield note("event", 2500, message="resumed from step 2500", level="info")
             yield note("start", 2501, phases={**start, "load": 3.1}, seconds=18.4)
     if end:
-        seconds = {"init": 16.0, "productive": 0.43 * last, "checkpoint": 4.0, "eval": 60.0, "restart": 31.0, "lost": 52.0}
+        seconds = {
+            "init": 16.0,
+            "productive": 0.43 * last,
+            "checkpoint": 4.0,
+            "eval": 60.0,
+            "restart": 31.0,
+            "lost": 52.0,
+        }
         yield note("goodput", last, seconds=seconds)
         yield note("end", last, status=end, message="all steps are done" if end == "finished" else "")
 

@@ -177,7 +177,7 @@ def _logger_seconds(folder: Path, records: int = 200) -> float:
     begin = time.process_time()
     history = History(folder)
     for step in range(records):
-        history.write("train", step, **values)
+        history.write("train", step, **values)  # type: ignore[arg-type]
     history.close()
     return (time.process_time() - begin) / records
 

@@ -66,6 +66,11 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def written_at(checkpoints: Path, step: int) -> float:
+    """Unix time at which a complete checkpoint was committed, or copied here."""
+    return (checkpoints / folder_name(step) / MANIFEST).stat().st_mtime
+
+
 def checkpoint_folders(directory: Path) -> list[tuple[int, Path]]:
     """(step, folder) of everything that is named like a checkpoint, by step."""
     if not directory.is_dir():

@@ -155,8 +155,7 @@ class Recorder:
             if key in counters:
                 self.exporter.increment(name, max(0, counters[key] - self._fetched.get(key, 0)))
         self._fetched = counters
-        if "bytes_cached" in counters:
-            self.exporter.set("symile_data_cache_bytes", counters["bytes_cached"])
+        self.exporter.set("symile_data_cache_bytes", counters.get("bytes_cached", 0))
 
     def tell_device(self, facts: Mapping[str, float]) -> None:
         """What of DEVICE_GAUGES is known of this rank's device, and how often it had no memory (`out_of_memory`)."""

@@ -34,6 +34,8 @@ MAX_FILES_LOOKED_AT = 5000
 """Of a checkpoint, for their sizes: a shared file system may answer slowly."""
 STRAGGLER_RATIO = 1.3
 """Of a rank's own work and the median rank's: from here on it is called a straggler."""
+SILENT_SECONDS = 120.0
+"""Or 20 steps: a live run of which nothing is heard for so long may be dead."""
 LIVE = ("starting", "running", "restarting")
 _PHASES_KEPT = 24
 
@@ -164,19 +166,20 @@ class RunFolder:
             "name": self.name(),
             "directory": self.directory.name,
             "status": status,
-            "live": status in LIVE,
+            "live": self.is_live(history),
             "message": str(told.get("message") or history.latest.get("end", {}).get("message") or ""),
             "world_size": world if isinstance(world, int) else None,
             "created": _moment(told.get("created")),
             "updated": _moment(told.get("updated")),
-            "heard": self.heard(),
             "restarts": self.restarts(history),
             "failures": [
                 {key: each.get(key) for key in ("cause", "message", "step", "rank", "node", "checkpoint")}
                 for each in (failures if isinstance(failures, list) else [])[-20:]
                 if isinstance(each, dict)
             ],
-            "lineage": [each for each in (lineage if isinstance(lineage, list) else [])[-20:] if isinstance(each, dict)],
+            "lineage": [
+                each for each in (lineage if isinstance(lineage, list) else [])[-20:] if isinstance(each, dict)
+            ],
             "launch": {key: launch.get(key) for key in ("backend", "job")} if isinstance(launch, dict) else None,
             "objective": _component(config.at("objective")) if config else None,
             "precision": config.at("train", "precision") if config else None,
@@ -184,6 +187,18 @@ class RunFolder:
             "global_batch_size": config.at("train", "global_batch_size") if config else None,
             "modalities": list(config.at("modalities") or {}) if config else [],
         }
+
+    def is_live(self, history: RunHistory) -> bool:
+        """Whether more is to come; where nothing says so, whether something has of late."""
+        status = self.status(history)
+        heard = self.heard()
+        return status in LIVE or (status == "unknown" and heard is not None and time.time() - heard < SILENT_SECONDS)
+
+    def silent_seconds(self, history: RunHistory) -> float:
+        """How long nothing has been heard of a run that is live, where that is longer than it should be; else 0."""
+        heard = self.heard()
+        silent = time.time() - heard if heard is not None and self.is_live(history) else 0.0
+        return silent if silent > max(SILENT_SECONDS, 20 * (history.step_seconds() or 0.0)) else 0.0
 
     def heard(self) -> float | None:
         """Unix time of the last sign of life: a record, or a file of the driver's."""
@@ -208,8 +223,9 @@ class RunFolder:
 
     def progress(self, history: RunHistory) -> dict[str, Any]:
         total, train = self.total_steps(), history.latest.get("train", {})
-        step = history.step if not train else train.get("step")
-        step = step if isinstance(step, (int, float)) else history.step
+        table = history.tables.get("train")
+        step = float(table.steps[-1]) if table is not None and len(table.steps) else history.step
+        step = int(step) if step is not None and step == int(step) else step
         seconds = history.step_seconds()
         live = self.status(history) in LIVE
         left = max(0.0, total - step) * seconds if live and total and step is not None and seconds else None
@@ -221,6 +237,7 @@ class RunFolder:
             # Beyond a century it is no estimate.
             "eta_seconds": left if left is not None and left < 3e9 else None,
             "samples_seen": train.get("samples_seen"),
+            "heard": self.heard(),
             "read": round(history.complete, 4),
             "records": history.records,
         }
@@ -234,16 +251,12 @@ class RunFolder:
 
     def ranks(self, history: RunHistory) -> dict[str, Any]:
         """All ranks, and who is behind, by its own work: what it does before it waits for others."""
-        rows = []
+        rows: list[dict[str, Any]] = []
         for each in self._ranks.get() or []:
             rank = each.get("rank")
             if not isinstance(rank, int) or isinstance(rank, bool):
                 continue
-            phases = each.get("phases")
-            phases = {str(key): number for key, value in phases.items() if (number := _number(value)) is not None} if (
-                isinstance(phases, dict)
-            ) else {}
-            phases = dict(list(phases.items())[:_PHASES_KEPT])
+            phases = dict(list(_numbers_of(each.get("phases")).items())[:_PHASES_KEPT])
             own = sum(phases.get(name, 0.0) for name in OWN_PHASES) if phases else None
             rows.append(
                 {
@@ -272,11 +285,7 @@ class RunFolder:
     def goodput(self, history: RunHistory) -> dict[str, Any]:
         told = self._goodput.get() or {}
         given = told.get("seconds")
-        if not isinstance(given, dict):
-            given = history.latest.get("goodput", {}).get("seconds")
-        seconds = {str(key): number for key, value in (given or {}).items() if (number := _number(value)) is not None} if (
-            isinstance(given, dict)
-        ) else {}
+        seconds = _numbers_of(given if isinstance(given, dict) else history.latest.get("goodput", {}).get("seconds"))
         total = sum(seconds.values())
         restarts = told.get("restarts")
         return {
@@ -330,7 +339,9 @@ class RunFolder:
                 return {"state": "incomplete"}
         if "problem" in told:
             return {"state": "damaged", **told}
-        row = {key: value for key, value in told.items() if key not in ("entries", "manifest")} | {"saved": cached.changed}
+        row = {key: value for key, value in told.items() if key not in ("entries", "manifest")} | {
+            "saved": cached.changed
+        }
         if told["manifest_step"] != step:
             return {"state": "damaged", **row, "problem": f"its manifest is that of step {told['manifest_step']}"}
         problems = self._sizes_of(folder, told["entries"])
@@ -432,6 +443,12 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) >= 1e300 or value != value:
         return None
     return value
+
+
+def _numbers_of(value: Any) -> dict[str, float]:
+    """The finite numbers of an object; none of anything else."""
+    found = value.items() if isinstance(value, dict) else ()
+    return {str(key): number for key, each in found if (number := _number(each)) is not None}
 
 
 def _moment(value: Any) -> float | None:

@@ -49,11 +49,15 @@ class HistoryFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._forget()
+
+    def _forget(self) -> None:
         self.size = 0
         """Bytes at the last look."""
         self.offset = 0
         """Bytes that were given."""
         self._mark = b""
+        """The last of them: a file in which they stand elsewhere is another one."""
         self._inside_long_line = False
 
     def read(self) -> tuple[bool, list[bytes]]:
@@ -63,7 +67,7 @@ class HistoryFile:
                 status = os.fstat(file.fileno())
                 void = not self._is_same(file, status.st_size)
                 if void:
-                    self.offset, self._mark, self._inside_long_line = 0, b"", False
+                    self._forget()
                 self.size = status.st_size
                 file.seek(self.offset)
                 chunk = file.read(CHUNK_BYTES)
@@ -74,7 +78,7 @@ class HistoryFile:
                     chunk += more
         except FileNotFoundError:
             void = self.offset > 0
-            self.__init__(self.path)  # type: ignore[misc]
+            self._forget()
             return void, []
         end = chunk.rfind(b"\n") + 1
         if not end and len(chunk) >= MAX_LINE_BYTES:
@@ -106,11 +110,12 @@ class RunHistory:
         """Held by whoever reads more than one thing."""
         self.fresh: deque[dict[str, Any]] | None = None
         """Where records are put besides, for whoever wants each of them; None for nobody."""
-        self._times_begun = 0
+        self.begun = 0
+        """How often the file was begun."""
         self._begin()
 
     def _begin(self) -> None:
-        self._times_begun += 1
+        self.begun += 1
         self.records = 0
         self.tables: dict[str, Table] = {}
         self.latest: dict[str, dict[str, Any]] = {}
@@ -129,7 +134,7 @@ class RunHistory:
     def generation(self) -> str:
         """Changes when anything that was shown before is void."""
         with self.lock:
-            return f"{self._times_begun}.{sum(table.cuts for table in self.tables.values())}"
+            return f"{self.begun}.{sum(table.cuts for table in self.tables.values())}"
 
     @property
     def complete(self) -> float:
@@ -141,6 +146,7 @@ class RunHistory:
         deadline, changed = time.monotonic() + seconds, False
         with self.lock:
             while True:
+                before = self.file.offset
                 try:
                     void, lines = self.file.read()
                 except OSError:  # a file system that fails for a while: what is known stays
@@ -148,7 +154,7 @@ class RunHistory:
                 if void:
                     self._begin()
                     changed = True
-                if not lines:
+                elif self.file.offset == before:
                     return changed
                 self._add(lines)
                 changed = True

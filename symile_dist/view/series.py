@@ -163,7 +163,7 @@ def _columns(
         present, numbers = _numbers(values)
         if present.any():
             yield f"{prefix}{key}", present, numbers
-        elif depth < _MAX_DEPTH and any(isinstance(value, dict) for value in values):
+        if depth < _MAX_DEPTH and not present.all() and any(isinstance(value, dict) for value in values):
             parts = [value if isinstance(value, dict) else {} for value in values]
             yield from _columns(parts, f"{prefix}{key}.", depth + 1)
 

@@ -151,6 +151,16 @@ RAY_JOB: Schema = {
     ),
 }
 
+RELABELING = fields(
+    sourceLabels=array(STRING),
+    separator=STRING,
+    targetLabel=STRING,
+    regex=STRING,
+    modulus=NATURAL,
+    replacement=STRING,
+    action=STRING,
+)
+
 POD_MONITOR: Schema = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     **fields(
@@ -173,7 +183,10 @@ POD_MONITOR: Schema = {
                     interval=STRING,
                     scrapeTimeout=STRING,
                     honorLabels=BOOLEAN,
-                    relabelings=array(OBJECT),
+                    authorization=fields(
+                        ("credentials",), type=STRING, credentials=fields(("key",), name=STRING, key=STRING)
+                    ),
+                    relabelings=array(RELABELING),
                     metricRelabelings=array(OBJECT),
                 )
             ),

@@ -130,6 +130,7 @@ def test_heavy_packages_stay_in_their_rooms(package: str) -> None:
         ("import symile_dist.objectives, symile_dist.objectives.reference", "ray deepspeed pydantic transformers"),
         ("from symile_dist import load_encoders; import symile_dist.exported", "ray deepspeed webdataset transformers"),
         ("import symile_dist.tools.checkpoints", "torch ray deepspeed numpy"),
+        ("import symile_dist.metrics.panels, symile_dist.tools.monitoring.command", "torch ray deepspeed numpy"),
         ("from symile_dist import SymileLoss, PairwiseClipLoss, MIPSimilarity", "ray deepspeed pydantic"),
     ],
 )

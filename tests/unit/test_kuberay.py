@@ -32,6 +32,7 @@ from symile_dist.launch.job import Job
 from symile_dist.launch.kuberay import KubeRayBackend, handle_of, manifest_text, name_of
 from symile_dist.launch.kuberay_models import RayJob, Volume, WorkerGroup
 from symile_dist.launch.profiles import KubeRayProfile, Profile, Toleration
+from symile_dist.metrics.discovery import targets
 from tests.shards import config_text
 from tests.unit.rayjob_schema import POD_MONITOR, RAY_JOB
 
@@ -204,7 +205,7 @@ def test_the_config_goes_along_with_metrics_that_prometheus_reaches() -> None:
     job = job_of()
     made = documents(job)
     sent = parse_config(made["ConfigMap"]["data"]["config.yaml"], "config.yaml").config
-    assert (sent.metrics.address, sent.metrics.port) == ("0.0.0.0", 9400)
+    assert (sent.metrics.address, sent.metrics.port, sent.metrics.driver_port) == ("0.0.0.0", 9400, 9390)
     assert sent.model_copy(update={"metrics": job.config.metrics}) == job.config, "more than the metrics was changed"
     head = pods(made["RayJob"])["head"]["spec"]
     mount = next(mount for mount in head["containers"][0]["volumeMounts"] if mount["name"] == "config")
@@ -224,7 +225,8 @@ def test_each_rank_of_a_pod_is_scraped() -> None:
         }
 
     scraped, open_ports = ports()
-    assert scraped == ["metrics", *(f"rank-{rank}" for rank in range(8))] == list(open_ports)
+    assert scraped == ["metrics", "driver", *(f"rank-{rank}" for rank in range(8))]
+    assert set(scraped) - {"driver"} == set(open_ports), "the driver is in the head"
     assert [open_ports[f"rank-{rank}"] for rank in range(8)] == list(range(9400, 9408))
     assert ports("metrics.port=7000")[1]["rank-7"] == 7007
     assert ports("metrics.enabled=false") == (["metrics"], {"metrics": 8080})
@@ -234,6 +236,40 @@ def test_metrics_that_the_user_has_set_stay() -> None:
     sent = documents(job_of(overrides=("metrics.address=10.0.0.1", "metrics.port=7000")))["ConfigMap"]["data"]
     metrics = yaml.safe_load(sent["config.yaml"])["metrics"]
     assert (metrics["address"], metrics["port"]) == ("10.0.0.1", 7000)
+
+
+def test_endpoints_have_the_labels_that_rules_and_dashboards_go_by() -> None:
+    job = job_of()
+    made = documents(job)
+    head = pods(made["RayJob"])["head"]["spec"]["containers"][0]
+    assert {"name": "driver", "containerPort": 9390} in head["ports"]
+    expected = targets(job.name, job.config.run_directory, "http://head:9390/metrics", [])[0]["labels"]
+    for endpoint in made["PodMonitor"]["spec"]["podMetricsEndpoints"]:
+        labels = {each["targetLabel"]: each.get("replacement") for each in endpoint.get("relabelings", [])}
+        if endpoint["port"] == "metrics":
+            assert not labels, "those of Ray are no run's"
+        elif endpoint["port"] == "driver":
+            assert expected.items() <= labels.items() and set(labels) == {*expected, "host"}
+        else:
+            assert labels.pop("role") == "rank" and labels.items() >= {"run": "Mine_1.b"}.items()
+            assert set(labels) == {"run", "run_id", "rank", "host"}
+
+
+def test_a_pod_monitor_that_would_find_nothing_is_refused() -> None:
+    for address in ("localhost", "127.0.0.2", "::1"):
+        with pytest.raises(ValueError, match="reaches no pod's loopback"):
+            manifest_text(job_of(overrides=(f"metrics.address={json.dumps(address)}",)))
+        manifest_text(job_of(overrides=(f"metrics.address={json.dumps(address)}",), kuberay="as the image says"))
+    manifest_text(job_of(overrides=("metrics.address=localhost", "metrics.enabled=false")))
+    guarded = ("metrics.token_file=/shared/token",)
+    with pytest.raises(ValueError, match="pod_monitor_token"):
+        manifest_text(job_of(overrides=guarded))
+    told = PROFILES["plain"] | {"pod_monitor_token": "metrics/token"}
+    made = documents(job_of(overrides=guarded, profile={"kuberay": told}))["PodMonitor"]
+    jsonschema.validate(made, POD_MONITOR)
+    endpoints = {each["port"]: each for each in made["spec"]["podMetricsEndpoints"]}
+    assert endpoints["rank-0"]["authorization"] == {"credentials": {"name": "metrics", "key": "token"}}
+    assert "authorization" not in endpoints["metrics"], "Ray's own is another server"
 
 
 @pytest.mark.parametrize("nodes", SIZES)

@@ -62,7 +62,7 @@ def duration(seconds: float) -> str:
 
 def records(time_scale: float = 1.0) -> list[Record]:
     """Of all ranks, so that no alert has to look at a thousand of them twice."""
-    window = duration(300 * time_scale)
+    window, ten_minutes = duration(300 * time_scale), duration(600 * time_scale)
     own = "|".join(OWN_PHASES)
     return [
         Record(
@@ -79,6 +79,15 @@ def records(time_scale: float = 1.0) -> list[Record]:
             name="run_rank:symile_collective:rate5m",
             expression=f"sum by (run, run_id, rank) (rate(symile_collective_seconds_total[{window}]))",
         ),
+        # All ranks count the same steps.
+        Record(
+            name="run_reason:symile_skipped_steps:increase10m",
+            expression=(f"max by (run, run_id, reason) (increase(symile_train_skipped_steps_total[{ten_minutes}]))"),
+        ),
+        Record(
+            name="run:symile_train_steps:increase10m",
+            expression=f"max {_BY} (increase(symile_train_steps_total[{ten_minutes}]))",
+        ),
     ]
 
 
@@ -94,11 +103,8 @@ def alerts(time_scale: float = 1.0) -> list[Alert]:
         return duration(60 * number * time_scale)
 
     def skipped(reasons: str, least: int, share: float) -> str:
-        window = minutes(10)
-        events = f'increase(symile_train_skipped_steps_total{{reason=~"{reasons}"}}[{window}])'
-        count = f"max {_BY} (sum by (run, run_id, rank) ({events}))"
-        steps = f"max {_BY} (increase(symile_train_steps_total[{window}]))"
-        return f"({count} > {least} and {count} > {share} * {steps})"
+        count = f'sum {_BY} (run_reason:symile_skipped_steps:increase10m{{reason=~"{reasons}"}})'
+        return f"({count} > {least} and {count} > {share} * run:symile_train_steps:increase10m)"
 
     own, wait = "run_rank:symile_own_work:rate5m", "run_rank:symile_collective:rate5m"
     samples = "run:symile_train_samples:rate5m"
@@ -211,8 +217,8 @@ def alerts(time_scale: float = 1.0) -> list[Alert]:
             expression=(
                 f"(time() - (({saved} >= {_JOIN} {begun}) or {begun} or {saved})"
                 f" > {round(LAST_CHECKPOINT_SECONDS * time_scale, 3):g}"
-                f" or max {_BY} (sum by (run, run_id, rank) "
-                f"(increase(symile_checkpoint_failures_total[{minutes(30)}]))) > 1.5) and {_JOIN} {_ALIVE}"
+                f" or max {_BY} (increase(symile_checkpoint_failures_total[{minutes(30)}])) > 1.5)"
+                f" and {_JOIN} {_ALIVE}"
             ),
             hold=minutes(1),
             severity="warning",

@@ -36,7 +36,7 @@ with their first value.
 def metrics_of(expression: str) -> set[str]:
     """Names of the metrics in an expression, parts of histograms by the histogram's; recorded series by theirs."""
     without_strings = re.sub(r'"[^"]*"', '""', expression)
-    names = set(re.findall(r"\b(?:symile_\w+|process_\w+|up|ALERTS)\b(?!:)|\brun(?:_rank)?:[\w:]+", without_strings))
+    names = set(re.findall(r"\b(?:symile_\w+|process_\w+|up|ALERTS)\b(?!:)|\brun(?:_\w+)?:[\w:]+", without_strings))
     return {_histogram_of(name) for name in names if not _within_record(name, names)}
 
 

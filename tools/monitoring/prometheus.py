@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
-import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -26,6 +27,7 @@ JOB = "symile-dist"
 RULES_FILE, CONFIG_FILE, TARGETS_FILE, LOG_FILE, DATA = "rules.yml", "prometheus.yml", "targets.json", "log.txt", "data"
 SAMPLE_LIMIT = 2000
 """Of one endpoint; a rank has some 250 series, and fewer than 400 with many modalities and directions."""
+PR_SET_PDEATHSIG = 1
 READY_SECONDS = 60.0
 END_SECONDS = 10.0
 KEPT = "60d"
@@ -109,8 +111,51 @@ def refuse_taken(port: int, what: str) -> None:
             raise ValueError(f"--port: {what} cannot listen on 127.0.0.1:{port}: {error.strerror}") from None
 
 
+class Client:
+    """Asks a Prometheus."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def get(self, path: str, **parameters: str | float) -> Any:
+        """`data` of an answer of /api/v1/`path`. Raises ValueError where the question is wrong."""
+        url = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+        try:
+            with urllib.request.urlopen(url, timeout=30) as reply:
+                return json.load(reply)["data"]
+        except urllib.error.HTTPError as error:
+            raise ValueError(f"{path} {parameters}: {error.read().decode(errors='replace')}") from None
+
+    def query(self, expression: str, at: float | None = None) -> list[tuple[dict[str, str], float]]:
+        """(labels, value) of each series, now or at a Unix time."""
+        data = self.get("query", query=expression, **({} if at is None else {"time": at}))
+        if data["resultType"] == "scalar":
+            return [({}, float(data["result"][1]))]
+        return [(series["metric"], float(series["value"][1])) for series in data["result"]]
+
+    def query_range(
+        self, expression: str, start: float, end: float, step: float
+    ) -> list[tuple[dict[str, str], list[tuple[float, float]]]]:
+        """(labels, [(Unix time, value), ...]) of each series."""
+        data = self.get("query_range", query=expression, start=start, end=end, step=step)
+        return [
+            (series["metric"], [(float(moment), float(value)) for moment, value in series["values"]])
+            for series in data["result"]
+        ]
+
+    def alerts(self, state: str = "firing") -> list[dict[str, str]]:
+        """Labels of the alerts that are `firing`, or `pending`."""
+        return [alert["labels"] for alert in self.get("alerts")["alerts"] if alert["state"] == state]
+
+    def targets(self) -> list[dict[str, Any]]:
+        """Its endpoints, with `labels`, `health` and `lastError`."""
+        found: list[dict[str, Any]] = self.get("targets", state="active")["activeTargets"]
+        return found
+
+
 class Server:
-    """A Prometheus or an Alertmanager on loopback, which ends with this object, and with this process."""
+    """A Prometheus or an Alertmanager on loopback. It ends with this object, and (Linux) with the thread that made it,
+    however that ends."""
 
     def __init__(self, command: Sequence[str], port: int, log: Path) -> None:
         """Raises RunFailed, with its last words, where it does not come up."""
@@ -119,7 +164,12 @@ class Server:
         self._log = log
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=_end_with_parent
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                process_group=0,  # Ctrl-C is for this process alone
+                preexec_fn=_end_with_parent,
             )
         try:
             self._wait()
@@ -161,7 +211,7 @@ class Server:
         self.close()
 
 
-class Prometheus(Server):
+class Prometheus(Server, Client):
     """A Prometheus over the files of a folder: prometheus.yml, and what that names. Its data is kept in data/."""
 
     def __init__(self, folder: Path, port: int) -> None:
@@ -178,41 +228,6 @@ class Prometheus(Server):
             port,
             folder / LOG_FILE,
         )
-
-    def get(self, path: str, **parameters: str | float) -> Any:
-        """`data` of an answer of /api/v1/`path`. Raises ValueError where the question is wrong."""
-        url = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-        try:
-            with urllib.request.urlopen(url, timeout=30) as reply:
-                return json.load(reply)["data"]
-        except urllib.error.HTTPError as error:
-            raise ValueError(f"{path} {parameters}: {error.read().decode(errors='replace')}") from None
-
-    def query(self, expression: str, at: float | None = None) -> list[tuple[dict[str, str], float]]:
-        """(labels, value) of each series, now or at a Unix time."""
-        data = self.get("query", query=expression, **({} if at is None else {"time": at}))
-        if data["resultType"] == "scalar":
-            return [({}, float(data["result"][1]))]
-        return [(series["metric"], float(series["value"][1])) for series in data["result"]]
-
-    def query_range(
-        self, expression: str, start: float, end: float, step: float
-    ) -> list[tuple[dict[str, str], list[tuple[float, float]]]]:
-        """(labels, [(Unix time, value), ...]) of each series."""
-        data = self.get("query_range", query=expression, start=start, end=end, step=step)
-        return [
-            (series["metric"], [(float(moment), float(value)) for moment, value in series["values"]])
-            for series in data["result"]
-        ]
-
-    def alerts(self, state: str = "firing") -> list[dict[str, str]]:
-        """Labels of the alerts that are `firing`, or `pending`."""
-        return [alert["labels"] for alert in self.get("alerts")["alerts"] if alert["state"] == state]
-
-    def targets(self) -> list[dict[str, Any]]:
-        """Its endpoints, with `labels`, `health` and `lastError`."""
-        found: list[dict[str, Any]] = self.get("targets", state="active")["activeTargets"]
-        return found
 
 
 def free_port() -> int:
@@ -252,10 +267,6 @@ def start_alertmanager(folder: Path, config: Path, port: int) -> Server:
 
 
 def _end_with_parent() -> None:
-    """In the child: SIGTERM comes when this process ends, however that ends (Linux); Ctrl-C is for this one alone."""
-    import ctypes
-    import signal
-
-    os.setpgid(0, 0)
+    """In the child: SIGTERM comes when its parent ends (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

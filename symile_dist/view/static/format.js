@@ -19,7 +19,7 @@ export function decimal(value, digits = 4) {
   if (!Number.isFinite(value)) return odd(value);
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size >= 1e6 || size < 1e-4) {
+  if (size >= 1e6 || size < 1e-3) {
     const [mantissa, exponent] = value.toExponential(Math.max(0, digits - 2)).split("e");
     return minus(`${mantissa.replace(/\.?0+$/, "")}e${Number(exponent)}`);
   }

@@ -91,7 +91,7 @@ function updateNotices(why) {
     if (progress.read < 1) add("info", "Reading the history", `${Math.floor(100 * progress.read)}%`);
     if (["failed", "refused"].includes(told.status)) add("bad", `The run has ${told.status === "failed" ? "failed" : "been refused"}.`, told.message);
     else if (["preempted", "interrupted"].includes(told.status)) add("info", `The run was ${told.status}.`, told.message);
-    const silent = told.heard === null ? 0 : run.now - told.heard;
+    const silent = progress.heard === null ? 0 : run.now - progress.heard;
     if (told.live && silent > Math.max(SILENT_SECONDS, 20 * (progress.step_seconds ?? 0))) {
       add("warning", `Nothing has been heard of the run for ${duration(silent)}.`, "Its driver may have died: symile-dist status RUN tells.");
     }

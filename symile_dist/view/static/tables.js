@@ -98,7 +98,7 @@ function drawRows() {
   const body = byId("ranks-table").tBodies[0];
   const first = Math.max(0, Math.floor(scroll.scrollTop / ROW_PIXELS) - 5);
   const last = Math.min(ranks.shown.length, first + Math.ceil((scroll.clientHeight || 400) / ROW_PIXELS) + 11);
-  const spacer = (rows) => (rows ? [h("tr", { "aria-hidden": "true", class: "space", style: { height: `${rows * ROW_PIXELS}px` } }, h("td", { colspan: COLUMNS.length }))] : []);
+  const spacer = (rows) => (rows ? [h("tr", { "aria-hidden": "true", class: "space", style: { height: `${rows * ROW_PIXELS}px` } }, h("td"))] : []);
   const rows = ranks.shown.slice(first, last).map((row, index) =>
     h("tr", { "aria-rowindex": first + index + 2, class: row.rank === ranks.straggler ? "straggler" : null },
       COLUMNS.map((column) => {
