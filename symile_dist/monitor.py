@@ -137,11 +137,15 @@ class Monitor:
         self._write(now=False)
 
     def end(self, status: str, message: str) -> None:
-        """The run has ended, for now. Its last group of ranks has."""
+        """The run has ended, for now. Its last group of ranks has.
+
+        One that has failed stays on the list of endpoints with its driver, which does not answer any more: someone is to
+        be told.
+        """
         with self._lock:
             self._goodput.end()
         self._record(("end", self._step, {"status": status, "message": message}))
-        self._write(now=True, ended=True)
+        self._write(now=True, left=self._targets()[:1] if status == "failed" else [])
         if self._server:
             self._server.close()
         tell_run(self._directory, page=None)
@@ -157,18 +161,19 @@ class Monitor:
             history.write(kind, step, **values)
         history.close()
 
-    def _write(self, now: bool, ended: bool = False) -> None:
+    def _write(self, now: bool, left: list[dict[str, Any]] | None = None) -> None:
+        """`left`: the endpoints that a run leaves behind which has ended."""
         with self._lock:
             if self._exporter:
                 self._count_seconds(self._exporter)
             if not now and time.monotonic() < self._next_write:
                 return
             self._next_write = time.monotonic() + WRITE_SECONDS
-            told, ranks = self._goodput.told(ended), dict(self._ranks)
+            told, ranks = self._goodput.told(ended=left is not None), dict(self._ranks)
         try:
             write_ranks(self._directory, ranks)
             write_goodput(self._directory, told)
-            write_targets(self._directory, [] if ended else self._targets())
+            write_targets(self._directory, self._targets() if left is None else left)
         except OSError as error:  # a full disk, say: the run goes on
             logger.warning("%s: what it shows of the run is out of date: %s", self._directory, error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from itertools import combinations
@@ -18,10 +19,12 @@ from symile_dist.types import Batch, Representation
 ROWS = 256
 SHARE = 1 / 1000
 """Of the time, that may be spent here."""
+SECOND_LOOK_SECONDS = 5.0
+"""After the first look, which takes longer than any other and tells nothing of them."""
 
 
 class Vitals:
-    """Looks as often as it may without being felt: after a look that took a second, not again for 1,000."""
+    """Looks as often as it may without being felt: where a look takes 20 ms, every 20 seconds."""
 
     def __init__(
         self,
@@ -31,7 +34,7 @@ class Vitals:
     ) -> None:
         """As of `validate.similarity_of` and `validate.embeddings_of`."""
         self._similarity, self._embeddings, self._clock = similarity, embeddings, clock
-        self._next = -float("inf")
+        self._next, self._cheapest = -math.inf, math.inf
 
     @torch.no_grad()
     def look(self, representations: dict[str, Representation], batch: Batch) -> dict[str, float]:
@@ -50,7 +53,8 @@ class Vitals:
             vectors = {name: value[rows.to(value.device)].detach().float().cpu() for name, value in vectors.items()}
             values = self._values(vectors)
         end = self._clock()
-        self._next = end + (end - begin) / SHARE
+        first, self._cheapest = math.isinf(self._cheapest), min(self._cheapest, end - begin)
+        self._next = end + (SECOND_LOOK_SECONDS if first else self._cheapest / SHARE)
         return values
 
     def _values(self, vectors: dict[str, Tensor]) -> dict[str, float]:

@@ -66,6 +66,7 @@ def view(directory: Path, options: argparse.Namespace, until: Callable[[], Any] 
     if options.port and server.port != options.port:
         server.close()
         raise ValueError(f"--port {options.port}: is taken; name another, or leave it out for any free one")
+    threading.Thread(target=application.read_ahead, daemon=True, name="history").start()
     try:
         print(f"{directory.name}: {url}{f'?token={token}' if token else ''}\nCtrl-C ends it", flush=True)
         (until or threading.Event().wait)()

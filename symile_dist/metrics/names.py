@@ -74,6 +74,7 @@ _TABLE = (
         unit="samples",
     ),
     MetricSpec(name="symile_train_loss", kind="gauge", help="Global loss of the last step; NaN and Inf are kept."),
+    MetricSpec(name="symile_validation_loss", kind="gauge", help="Loss of the last validation; served by rank 0."),
     MetricSpec(name="symile_train_learning_rate", kind="gauge", help="Learning rate of the first group, last step."),
     MetricSpec(name="symile_train_grad_norm", kind="gauge", help="Global gradient norm before clipping, last step."),
     MetricSpec(name="symile_train_loss_scale", kind="gauge", help="Loss scale of mixed precision; 1 where unused."),

@@ -227,7 +227,7 @@ _PANELS: tuple[Panel, ...] = (
         description="Global loss. Rising for hours: lower the learning rate; NaN: see the events and the guard.",
         dashboard="training",
         row="Progress",
-        queries=_gauge("symile_train_loss"),
+        queries=(*_gauge("symile_train_loss"), *_gauge("symile_validation_loss", "{{run}} validation")),
         curves=(
             Curve(kind="train", key="loss", label="training"),
             Curve(kind="validation", key="loss", label="validation"),

@@ -211,6 +211,7 @@ class Recorder:
 
     def validation_record(self, step: int, samples_seen: int, values: dict[str, float], seconds: float) -> None:
         if self.exporter and self.history:  # one rank is enough: the values are global
+            self.exporter.set("symile_validation_loss", values["loss"])
             for key, value in values.items():
                 if key.startswith("accuracy/"):
                     query = key.removeprefix("accuracy/")

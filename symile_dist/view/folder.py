@@ -21,6 +21,7 @@ from symile_dist.metrics.goodput import GOODPUT_FILE
 from symile_dist.metrics.panels import OWN_PHASES
 from symile_dist.run_directory import CONFIG_FILE, RANKS_FILE, RUN_FILE
 from symile_dist.storage import without_secrets
+from symile_dist.view import STRAGGLER_RATIO
 from symile_dist.view.following import RunHistory
 
 T = TypeVar("T")
@@ -32,8 +33,6 @@ MAX_CHECKPOINTS = 500
 SIZES_AGAIN_SECONDS = 600.0
 MAX_FILES_LOOKED_AT = 5000
 """Of a checkpoint, for their sizes: a shared file system may answer slowly."""
-STRAGGLER_RATIO = 1.3
-"""Of a rank's own work and the median rank's: from here on it is called a straggler."""
 SILENT_SECONDS = 120.0
 """Or 20 steps: a live run of which nothing is heard for so long may be dead."""
 LIVE = ("starting", "running", "restarting")
@@ -48,7 +47,8 @@ _SECRET_KEY = re.compile(
 
 def masked(text: str) -> str:
     """Text that may be shown: user and password of URLs, signatures and keys are cut out."""
-    return _USER_INFO.sub("***@", without_secrets(text))
+    text = without_secrets(text)
+    return _USER_INFO.sub("***@", text) if "://" in text else text
 
 
 def masked_config(text: str) -> str:
@@ -86,9 +86,26 @@ def _json_object(content: bytes) -> dict[str, Any]:
     return found
 
 
-def _json_list(content: bytes) -> list[dict[str, Any]]:
+def _rank_rows(content: bytes) -> list[dict[str, Any]]:
+    """The ranks of ranks.json, in order; `own_seconds` is the time of a step in which a rank waits for no other."""
     found = json.loads(content)
-    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+    rows: dict[int, dict[str, Any]] = {}
+    for each in found if isinstance(found, list) else ():
+        if not isinstance(each, dict) or type(each.get("rank")) is not int:
+            continue
+        phases = dict(list(_numbers_of(each.get("phases")).items())[:_PHASES_KEPT])
+        rows[each["rank"]] = {
+            "rank": each["rank"],
+            "host": _word(each.get("host")) or _word(each.get("node")),
+            "pid": each.get("pid") if isinstance(each.get("pid"), int) else None,
+            "metrics_url": _word(each.get("metrics_url")),
+            "step": _number(each.get("step")),
+            "step_seconds": _number(each.get("step_seconds")),
+            "own_seconds": sum(phases.get(name, 0.0) for name in OWN_PHASES) if phases else None,
+            "memory_bytes": _number(each.get("memory_bytes")),
+            "phases": phases,
+        }
+    return [rows[rank] for rank in sorted(rows)]
 
 
 class _ConfigFile:
@@ -114,7 +131,7 @@ class RunFolder:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._run = _Cached(directory / RUN_FILE, _json_object)
-        self._ranks = _Cached(directory / RANKS_FILE, _json_list)
+        self._ranks = _Cached(directory / RANKS_FILE, _rank_rows)
         self._goodput = _Cached(directory / GOODPUT_FILE, _json_object)
         self._config: _Cached[_ConfigFile] | None = None
         self._manifests: dict[Path, _Cached[dict[str, Any]]] = {}
@@ -251,31 +268,10 @@ class RunFolder:
 
     def ranks(self, history: RunHistory) -> dict[str, Any]:
         """All ranks, and who is behind, by its own work: what it does before it waits for others."""
-        rows: list[dict[str, Any]] = []
-        for each in self._ranks.get() or []:
-            rank = each.get("rank")
-            if not isinstance(rank, int) or isinstance(rank, bool):
-                continue
-            phases = dict(list(_numbers_of(each.get("phases")).items())[:_PHASES_KEPT])
-            own = sum(phases.get(name, 0.0) for name in OWN_PHASES) if phases else None
-            rows.append(
-                {
-                    "rank": rank,
-                    "host": _word(each.get("host")) or _word(each.get("node")),
-                    "pid": each.get("pid") if isinstance(each.get("pid"), int) else None,
-                    "metrics_url": _word(each.get("metrics_url")),
-                    "step": _number(each.get("step")),
-                    "step_seconds": _number(each.get("step_seconds")),
-                    "own_seconds": own,
-                    "memory_bytes": _number(each.get("memory_bytes")),
-                    "phases": phases,
-                }
-            )
-        rows.sort(key=lambda row: row["rank"])
         slowest = history.latest.get("train", {}).get("slowest")
         return {
             "expected": self.run(history)["world_size"],
-            "rows": rows,
+            "rows": self._ranks.get() or [],
             "slowest": slowest if isinstance(slowest, dict) else None,
             "straggler_ratio": STRAGGLER_RATIO,
         }

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
 from symile_dist import __version__
-from symile_dist.metrics.http import Application
 from symile_dist.metrics.names import PHASES
 from symile_dist.metrics.panels import PANELS
 from symile_dist.view.folder import RunFolder, plain
@@ -74,10 +73,10 @@ class Range(NamedTuple):
     version: str
 
 
-def page_application(directory: Path) -> Application:
+def page_application(directory: Path) -> PageApplication:
     """Serves the page of the run in a directory, which need not exist yet. Never raises for what a run, or a request,
     holds."""
-    return _Page(Path(directory))
+    return PageApplication(Path(directory))
 
 
 class _Answer(NamedTuple):
@@ -89,7 +88,9 @@ class _Answer(NamedTuple):
     """The body, compressed."""
 
 
-class _Page:
+class PageApplication:
+    """WSGI; see `page_application`. Safe to call from several threads."""
+
     def __init__(self, directory: Path) -> None:
         self.history, self.folder = RunHistory(directory), RunFolder(directory)
         self._lock = threading.Lock()
@@ -129,6 +130,11 @@ class _Page:
             logger.exception("%s cannot be shown", path)
             return _json_answer({"error": "this cannot be shown; the log says why"}, "503 Service Unavailable")
         return _Answer("404 Not Found", "text/plain; charset=utf-8", b"there is no such page\n")
+
+    def read_ahead(self) -> None:
+        """Reads all of the history now, beside the requests: they need not wait for it then."""
+        while self.history.refresh(0):
+            pass
 
     # What the page asks for
 

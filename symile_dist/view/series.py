@@ -255,8 +255,10 @@ class Part:
             self.steps, self.times = part, times
 
     def grid(self) -> dict[str, Any]:
-        """For JSON: steps and times of the points; a point stands for `width` steps from its own on."""
-        return {"width": self.width, "steps": _plain(self.steps), "times": _plain(self.times, digits=12)}
+        """For JSON: steps and times of the points, of which each stands for `width` steps from its own on; and the last
+        step that there is."""
+        steps, times = _plain(self.steps), _plain(self.times, digits=12)
+        return {"width": self.width, "last": self.last, "steps": steps, "times": times}
 
     def column(self, key: str) -> dict[str, Any] | None:
         """For JSON: `mean` per point (None: no value there, or none that is finite), `min` and `max` where points stand

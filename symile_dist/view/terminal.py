@@ -27,6 +27,7 @@ from rich.text import Text
 from symile_dist.metrics.names import PHASES
 from symile_dist.metrics.panels import PANELS, TERMINAL
 from symile_dist.metrics.panels import Panel as Shown
+from symile_dist.view import STRAGGLER_RATIO
 
 RATE_WINDOW = 50
 """Training records whose median gives the ETA: a checkpoint or a slow shard does not move it."""
@@ -35,8 +36,6 @@ URLS_SHOWN = 8
 TREND_POINTS = 200
 CURVE_WIDTH = 40
 PHASES_NAMED = 5
-STRAGGLER_RATIO = 1.3
-"""Of a rank's own work and the median rank's: from here on it is told in colour."""
 _BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
 _PHASE_STYLES = {
     "data_wait": "dark_orange",

@@ -9,6 +9,7 @@ const LEFT = [34, 78]; // room for the labels of the axis, least and most
 export const FROM_ZERO = ["seconds", "bytes", "bytes/second", "samples/second", "flops/second", "ratio"];
 const DOTTED = 60; // up to so many points a curve shows each
 const SMOOTHING = 0.08; // of all points: what a smoothed value mostly hangs on
+const OUTLYING = 5; // times the range of nearly all values: what reaches so far is left outside, and marked
 const DRAG = 5; // pixels that make a drag of a click
 const MOST_TOLD = 14; // series in a tooltip
 
@@ -42,7 +43,7 @@ export function readColours() {
 }
 
 const PHASES = ["data_wait", "h2d", "forward", "gather", "loss", "backward", "optimizer", "checkpoint", "eval", "other"];
-const STATES = ["productive", "pending", "init", "checkpoint", "eval", "restart", "lost"];
+export const STATES = ["productive", "pending", "init", "checkpoint", "eval", "restart", "lost"];
 
 /** The colour of the series called so, which is the same everywhere. */
 export function colourOf(label, index) {
@@ -143,7 +144,9 @@ export class Chart {
     this.series = [];
     this.hiddenLabels = new Set();
     this.logarithmic = Boolean(panel.logarithmic);
-    this.fitted = false;
+    this.fitted = null; // whether the axis fits most values and leaves the rest outside; null: where a few would flatten all
+    this.fits = false;
+    this.onDrawn = () => {};
     this.share = false;
     this.visible = false;
     this.stale = true;
@@ -167,6 +170,7 @@ export class Chart {
 
   changed() {
     this.stale = true;
+    delete this.holder.dataset.drawn;
     if (this.visible) Chart.soon(this);
   }
 
@@ -207,7 +211,8 @@ export class Chart {
   _domain() {
     const [first, last] = shared.range;
     const stacked = this.panel.shape === "stacked";
-    let values = [];
+    let values = []; // with the ends of envelopes
+    let means = [];
     if (stacked) {
       values = this._stack().flatMap((layer) => layer.high).filter((value) => value !== null);
       values.push(0);
@@ -216,23 +221,33 @@ export class Chart {
         for (let at = 0; at < series.steps.length; at += 1) {
           const step = series.steps[at];
           if (step + Math.max(series.width, 1) <= first || step > last) continue;
-          const low = this.fitted || !series.min ? series.mean[at] : series.min[at];
-          const high = this.fitted || !series.max ? series.mean[at] : series.max[at];
-          if (low !== null && low !== undefined) values.push(low);
-          if (high !== null && high !== undefined) values.push(high);
+          const mean = series.mean[at] ?? null;
+          if (mean === null) continue;
+          means.push(mean);
+          values.push(series.min ? series.min[at] : mean, series.max ? series.max[at] : mean);
         }
       }
     }
     this.log = this.logarithmic && !stacked;
     if (this.log) {
-      values = values.filter((value) => value > 0);
+      [values, means] = [values, means].map((each) => each.filter((value) => value > 0));
       if (!values.length) this.log = false;
     }
+    this.fits = false;
     if (!values.length) return [0, 1];
     values.sort((a, b) => a - b);
-    const cut = this.fitted && values.length > 20 ? Math.floor(values.length * 0.02) : 0;
-    let low = values[cut];
-    let high = values[values.length - 1 - cut];
+    let [low, high] = [values[0], values[values.length - 1]];
+    if (!stacked && means.length > 20) {
+      means.sort((a, b) => a - b);
+      const cut = Math.ceil(means.length * 0.01);
+      const [usual, most] = [means[cut], means[means.length - 1 - cut]];
+      this.fits = this.fitted ?? (!this.log && most > usual && high - low > OUTLYING * (most - usual));
+      if (this.fits) {
+        const room = (most - usual) * (this.fitted ? 0.05 : 0.5) || Math.abs(most) * 0.1;
+        if (this.log) [low, high] = [Math.max(low, usual), Math.min(high, most)];
+        else [low, high] = [Math.max(low, usual - room), Math.min(high, most + room)];
+      }
+    } else this.fits = Boolean(this.fitted);
     if (this.log) return low === high ? [low / 2, high * 2] : [low / (high / low) ** 0.04, high * (high / low) ** 0.06];
     if (stacked) return [0, this.share ? 1 : high * 1.05 || 1];
     if (low === high) {
@@ -295,9 +310,12 @@ export class Chart {
     if (this.panel.shape === "stacked") this._areas(pen);
     else for (const series of this.shown) this._curve(pen, series);
     pen.restore();
+    this._outside(pen);
     this._odd(pen);
     this._label();
     this.drawOverlay();
+    this.holder.dataset.drawn = "yes";
+    this.onDrawn();
   }
 
   get axisUnit() {
@@ -305,6 +323,9 @@ export class Chart {
   }
 
   _ticks() {
+    const [low, high] = this.domain;
+    const size = this.axisUnit === "seconds" && !this.log ? [86400, 3600, 60].find((each) => high - low >= 2 * each) ?? 1 : 1;
+    if (size > 1) return niceTicks(low / size, high / size, Math.max(2, Math.floor(this.inner.height / 36))).map((tick) => tick * size);
     return this.log ? logTicks(...this.domain, 5) : niceTicks(...this.domain, Math.max(2, Math.floor(this.inner.height / 36)));
   }
 
@@ -480,6 +501,35 @@ export class Chart {
       pen.closePath();
       pen.fill();
       pen.globalAlpha = 1;
+    }
+  }
+
+  /** Small arrows where a curve goes beyond the axis. */
+  _outside(pen) {
+    if (this.panel.shape === "stacked") return;
+    const [first, last] = shared.range;
+    const [low, high] = this.domain;
+    pen.lineWidth = 1.5;
+    for (const series of this.shown) {
+      pen.strokeStyle = series.colour;
+      let taken = -Infinity;
+      for (let at = 0; at < series.steps.length; at += 1) {
+        const [least, largest] = series.min ? [series.min[at], series.max[at]] : [series.mean[at], series.mean[at]];
+        const above = largest !== null && largest > high * (1 + 1e-9);
+        const below = least !== null && !this.log && least < low - 1e-9 * Math.abs(low);
+        const step = middle(series, at);
+        if ((!above && !below) || step < first || step > last) continue;
+        const x = this.x(step);
+        if (x - taken < 7) continue;
+        taken = x;
+        const y = above ? MARGIN.top + 8 : MARGIN.top + this.inner.height - 5;
+        const tip = above ? y - 4 : y + 4;
+        pen.beginPath();
+        pen.moveTo(x - 3.5, y);
+        pen.lineTo(x, tip);
+        pen.lineTo(x + 3.5, y);
+        pen.stroke();
+      }
     }
   }
 

@@ -1,6 +1,6 @@
 // The panels' charts, section by section.
 
-import { Chart, colourOf, curve, lastOf, marksOf, shared } from "./chart.js";
+import { Chart, STATES, colourOf, curve, lastOf, marksOf, shared } from "./chart.js";
 import { byId, h, say } from "./dom.js";
 import { direction, inUnit, words } from "./format.js";
 
@@ -23,9 +23,10 @@ export function seriesOf(panel, curves, order) {
     const prefix = key.endsWith("*") ? key.slice(0, -1) : null;
     let keys = prefix === null ? [key] : Object.keys(grid.columns).filter((each) => each.startsWith(prefix));
     if (prefix !== null) {
+      const known = kind === "goodput" ? STATES : order;
       const place = (each) => {
-        const at = order.indexOf(each.slice(prefix.length));
-        return at < 0 ? order.length : at;
+        const at = known.indexOf(each.slice(prefix.length));
+        return at < 0 ? known.length : at;
       };
       keys = keys.sort((a, b) => place(a) - place(b) || a.localeCompare(b));
     }
@@ -85,13 +86,17 @@ function makeCard(panel) {
   const stacked = panel.shape === "stacked";
   let wide = false;
   const chart = new Chart(holder, { ...panel, bars: stacked && panel.curves.every((each) => each.kind !== "train") });
+  const presses = [];
+  chart.onDrawn = () => presses.forEach((press) => press());
   const toggle = (name, title, getter, change) => {
     const button = h("button", { type: "button", class: "tiny", title, "aria-label": `${title}: ${panel.title}`, "aria-pressed": String(getter()) }, name);
     button.addEventListener("click", () => {
       change();
-      button.setAttribute("aria-pressed", String(getter()));
       chart.changed();
+      press();
     });
+    const press = () => button.setAttribute("aria-pressed", String(getter()));
+    presses.push(press);
     return button;
   };
   const about = h("button", { type: "button", class: "tiny", title: "What this shows", "aria-label": `About ${panel.title}`, "aria-expanded": "false", "aria-controls": description.id }, "?");
@@ -112,7 +117,7 @@ function makeCard(panel) {
             ? toggle("%", "Shares", () => chart.share, () => { chart.share = !chart.share; })
             : [
                 toggle("log", "Logarithmic axis", () => chart.logarithmic, () => { chart.logarithmic = !chart.logarithmic; }),
-                toggle("fit", "Fit the axis to most values", () => chart.fitted, () => { chart.fitted = !chart.fitted; }),
+                toggle("fit", "Fit the axis to most values", () => chart.fits, () => { chart.fitted = !chart.fits; }),
               ],
           toggle("⤢", "Wide", () => wide, () => {
             wide = !wide;
@@ -137,8 +142,9 @@ function makeCard(panel) {
 export function updateCharts(run) {
   const extent = run.whole.extent ?? [0, 1];
   shared.whole = extent[0] === extent[1] ? [extent[0] - 1, extent[1] + 1] : extent;
-  shared.range = run.zoom ?? shared.whole;
-  const order = [...(run.sections.panels?.phases ?? []), "productive", "pending"];
+  const [first, last] = run.zoom ?? shared.whole;
+  shared.range = first < shared.whole[1] ? [first, Math.min(last, Math.max(shared.whole[1], first + 1))] : shared.whole;
+  const order = run.sections.panels?.phases ?? [];
   for (const entry of charts.values()) {
     const whole = seriesOf(entry.panel, run.whole, order);
     const there = hasValues(whole);

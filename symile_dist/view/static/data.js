@@ -31,10 +31,10 @@ class Curves {
   /** [first, last] step of all there is; null where there is nothing. */
   get extent() {
     let [first, last] = [Infinity, -Infinity];
-    for (const { steps, width } of Object.values(this.kinds)) {
+    for (const { steps, last: end } of Object.values(this.kinds)) {
       if (!steps.length) continue;
       first = Math.min(first, steps[0]);
-      last = Math.max(last, steps[steps.length - 1] + Math.max(0, width - 1));
+      last = Math.max(last, end);
     }
     return first <= last ? [first, last] : null;
   }
@@ -47,6 +47,7 @@ function append(held, grid, columns) {
   let keep = held.steps.length;
   while (keep > 0 && held.steps[keep - 1] >= from) keep -= 1;
   held.steps = [...held.steps.slice(0, keep), ...grid.steps];
+  held.last = grid.last;
   held.times = [...held.times.slice(0, keep), ...grid.times];
   const nothing = new Array(grid.steps.length).fill(null);
   for (const key of new Set([...Object.keys(held.columns), ...Object.keys(columns)])) {
@@ -154,8 +155,8 @@ export class Run {
   async askCurves(curves, range) {
     const words = new URLSearchParams({ version: curves.version });
     if (range) {
-      words.set("first", range[0]);
-      words.set("last", range[1]);
+      words.set("first", Math.max(0, Math.floor(range[0])));
+      if (Number.isFinite(range[1])) words.set("last", Math.ceil(range[1]));
     }
     const answer = await asked(`api/curves?${words}`);
     if (!answer || this.zoom !== range && range) return [];

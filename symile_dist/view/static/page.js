@@ -1,14 +1,13 @@
 // The run's page: asks the server what is new and shows it.
 
 import { allCharts, curveSections, levelOf, makeCards, setEvents, showTooltip, updateCharts } from "./curves.js";
-import { Chart, FROM_ZERO, colourOf, readColours, shared, sparkline } from "./chart.js";
+import { Chart, FROM_ZERO, STATES, colourOf, readColours, shared, sparkline } from "./chart.js";
 import { Run } from "./data.js";
 import { byId, h, remember, remembered, say, stackedBar } from "./dom.js";
 import { ago, bytes, decimal, direction, duration, fullMoment, inUnit, numeric, percent, seconds, whole, words } from "./format.js";
 import { updateCheckpoints, updateConfig, updateEvaluation, updateEvents, updateRanks } from "./tables.js";
 
 const TABLES = [["ranks", "Ranks"], ["checkpoints", "Checkpoints"], ["events", "Events"], ["evaluation", "Evaluation"], ["config", "Config"]];
-const GOODPUT_ORDER = ["productive", "pending", "init", "checkpoint", "eval", "restart", "lost"];
 const STATE_WORDS = { productive: "productive", pending: "since the last save", init: "start", checkpoint: "saving", eval: "validation", restart: "restarts", lost: "lost" };
 const SILENT_SECONDS = 120;
 
@@ -192,7 +191,7 @@ function updateTiles() {
 function updateGoodput() {
   const { goodput } = run.sections;
   if (!goodput) return;
-  const names = [...GOODPUT_ORDER, ...Object.keys(goodput.seconds).filter((name) => !GOODPUT_ORDER.includes(name))];
+  const names = [...STATES, ...Object.keys(goodput.seconds).filter((name) => !STATES.includes(name))];
   const total = Object.values(goodput.seconds).reduce((sum, value) => sum + value, 0);
   const parts = names.filter((name) => goodput.seconds[name] > 0).map((name, index) => ({
     label: STATE_WORDS[name] ?? words(name), value: goodput.seconds[name], colour: colourOf(name, index), text: `${duration(goodput.seconds[name])}, ${percent(goodput.seconds[name] / total, 3)}`,
@@ -272,7 +271,8 @@ function updateZoom() {
   for (const [id, step] of [["first", first], ["last", last]]) {
     const field = byId(id);
     field.placeholder = whole(step).replaceAll(",", "");
-    if (document.activeElement !== field) field.value = run.zoom ? Math.round(step) : "";
+    const free = !run.zoom || step === shared.whole[id === "first" ? 0 : 1];
+    if (document.activeElement !== field) field.value = free ? "" : Math.round(step);
   }
   byId("reset").hidden = !run.zoom;
   document.body.dataset.zoomed = run.zoom ? "yes" : "no";
@@ -288,10 +288,14 @@ byId("controls").addEventListener("submit", (event) => {
     return digits ? Number(digits) : otherwise;
   };
   const [low, high] = shared.whole;
-  const [first, last] = [step("first", Math.floor(low)), step("last", Math.ceil(high))].sort((a, b) => a - b);
-  zoomTo(last > first && (first > low || last < high) ? [first, last] : null);
+  // Without a last step it grows with the run.
+  const [first, last] = [step("first", low), step("last", Infinity)].sort((a, b) => a - b);
+  zoomTo(first < high && (first > low || last < high) ? [Math.max(first, low), last < high ? last : Infinity] : null);
 });
-for (const id of ["first", "last"]) byId(id).addEventListener("change", () => byId("controls").requestSubmit());
+for (const id of ["first", "last"]) {
+  byId(id).addEventListener("change", () => byId("controls").requestSubmit());
+  byId(id).addEventListener("focus", (event) => event.target.select());
+}
 
 for (const [id, key] of [["smooth", "smooth"], ["marks", "marks"]]) {
   const box = byId(id);
