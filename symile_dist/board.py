@@ -99,6 +99,7 @@ class Watcher:
             if record["kind"] != "ranks":
                 self.view.update(record)
         self.monitor.look()
+        self.view.tell(**self.monitor.told())
         self.outcome = seen["outcome"] or self.outcome
 
     def _ranks_joined(self) -> None:

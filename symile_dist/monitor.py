@@ -47,9 +47,11 @@ class Monitor:
         if self._exporter:
             self._describe(self._exporter)
             settings = config.metrics
+            page = page_application(self._directory)
+            threading.Thread(target=page.read_ahead, daemon=True, name="history").start()
             application = _routed(
                 {"/metrics": self._exporter.application, "/targets": _json_of(lambda: as_json(self._targets()))},
-                page_application(self._directory),
+                page,
             )
             self._server = HttpServer(application, settings.address, settings.driver_port, token_of(config), host)
         tell_run(self._directory, page=self.url)
@@ -131,6 +133,16 @@ class Monitor:
         with self._lock:
             self._goodput.restarting()
         self._record(("restart", self._step, {"cause": "rescaled", "message": "the cluster holds more ranks by now"}))
+
+    def told(self) -> dict[str, Any]:
+        """What no record says, for a view: see `TerminalView.tell`."""
+        with self._lock:
+            return {
+                "goodput": self._goodput.seconds(),
+                "ranks": len(self._ranks),
+                "expected_ranks": self._config.world_size,
+                "restarts": sum(self._goodput.restarts.values()),
+            }
 
     def look(self) -> None:
         """To be called often: keeps the driver's metrics and files up to date."""

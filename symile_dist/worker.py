@@ -48,12 +48,13 @@ def run_worker(settings: dict[str, Any]) -> None:
     beat = Beat(config.run_directory, rank, attempt.fence, place)
     if context.get_local_rank() == 0 and config.ray.hang_seconds:
         start_watchdog(config.run_directory, attempt.fence, place, config.ray.hang_seconds)
-    recorder = _make_recorder(config, rank, board)
+    device = _device()  # before anything asks CUDA for its current one
+    recorder = _make_recorder(config, rank, board, device)
     stop = StopRequest()
     if rank == 0:
         stop.poll(lambda: ray.get(board.stop_asked.remote()))
     try:
-        state = train_rank(config, rank, _device(), recorder, attempt, stop, beat)
+        state = train_rank(config, rank, device, recorder, attempt, stop, beat)
     except RunPreempted as error:
         if rank == 0:
             assert stop.reason is not None
@@ -93,7 +94,7 @@ def _set_up_process(config: Config, rank: int, failpoints: str | None) -> None:
     logger.info("rank %d starts, pid %d on %s", rank, os.getpid(), socket.gethostname())
 
 
-def _make_recorder(config: Config, rank: int, board: Any) -> Recorder:
+def _make_recorder(config: Config, rank: int, board: Any, device: torch.device) -> Recorder:
     metrics, local_rank = config.metrics, ray.train.get_context().get_local_rank()
     port = metrics.port + local_rank if metrics.port else 0
     exporter = None
@@ -114,7 +115,7 @@ def _make_recorder(config: Config, rank: int, board: Any) -> Recorder:
             "metrics_url": exporter.url if exporter else None,
         }
     )
-    on_gpu = config.ray.gpus_per_worker > 0
+    on_gpu = device.type == "cuda"
     return Recorder(exporter, publish=board.post.remote, tells_node=local_rank == 0, on_gpu=on_gpu)
 
 
