@@ -151,13 +151,13 @@ class Monitor:
     def end(self, status: str, message: str) -> None:
         """The run has ended, for now. Its last group of ranks has.
 
-        One that has failed stays on the list of endpoints with its driver, which does not answer any more: someone is to
-        be told.
+        One that has failed or stopped itself stays on the list of endpoints with its driver, which does not answer any
+        more: someone is to be told.
         """
         with self._lock:
             self._goodput.end()
         self._record(("end", self._step, {"status": status, "message": message}))
-        self._write(now=True, left=self._targets()[:1] if status == "failed" else [])
+        self._write(now=True, left=self._targets()[:1] if status in ("failed", "stopped") else [])
         if self._server:
             self._server.close()
         tell_run(self._directory, page=None)

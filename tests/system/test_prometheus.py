@@ -46,6 +46,7 @@ def sick(folder: Path) -> list[str]:
         "train.log_every=5",
         "validation.every=100",
         "checkpoint.every=20",
+        "checkpoint.max_failures=1000",
         "guard.patience=1000000",
         "ray.max_failures=-1",
         "ray.max_repeats=0",

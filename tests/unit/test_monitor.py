@@ -107,7 +107,8 @@ def torch_cpu() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("status", "left"), [("finished", []), ("preempted", []), ("interrupted", []), ("failed", ["driver"])]
+    ("status", "left"),
+    [("finished", []), ("preempted", []), ("interrupted", []), ("failed", ["driver"]), ("stopped", ["driver"])],
 )
 def test_what_a_run_leaves_behind(start: Callable[..., Monitor], tmp_path: Path, status: str, left: list[str]) -> None:
     monitor = start()
