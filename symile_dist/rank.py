@@ -104,10 +104,10 @@ def train_rank(
     if rank == 0:
         recorder.history = History(config.run_directory, resume_step=state.step, loggers=loggers_of(config))
     if manifest:
-        recorder.event(state.step, f"resumed from step {state.step}")
+        recorder.event(state.step, "resume", f"resumed from step {state.step}")
     elif source:
         total = sum(1 for _ in engine.module.parameters()) + len(engine.module.inner_state())
-        recorder.event(0, f"warm start: {len(engine.warm_started)} of {total} parameters from {source}")
+        recorder.event(0, "resume", f"warm start: {len(engine.warm_started)} of {total} parameters from {source}")
     validator = Validator(config, engine) if config.data.validation else None
     interval = SaveInterval(config.checkpoint, config.world_size, time.monotonic(), attempt.failures, attempt.hours)
     tell = _telling_the_first(sign, state.step, attempt, recorder)
@@ -124,7 +124,7 @@ def train_rank(
                 recorder.history = History(config.run_directory, resume_step=state.step, loggers=loggers_of(config))
             recorder.count_rollback()
             words = f"back to step {state.step}; steps {rollback.first} to {rollback.last} are left out"
-            recorder.event(state.step, words, level="warning", back_to=state.step)
+            recorder.event(state.step, "rollback", words, level="warning", back_to=state.step)
             tell(state.step)
     finally:
         checkpoints.close()

@@ -123,7 +123,7 @@ def train(
         if "stop" in granted and state.step < steps:
             checkpoints.finish()
             _tell_saves(checkpoints, recorder, state)
-            recorder.event(state.step, f"stopped as asked after step {state.step}, saved")
+            recorder.event(state.step, "stop", f"stopped as asked after step {state.step}, saved")
             raise RunPreempted(f"step {state.step}: stopped as asked, and saved")
         _tell_saves(checkpoints, recorder, state)
         last = time.perf_counter()
@@ -201,7 +201,7 @@ def _guarded(
         spike = guard.spike(loss, result.grad_norm) if config.action == "warn" else None
         if spike:
             what = f"loss {loss:.4g}, gradient norm {result.grad_norm:.4g}"
-            recorder.event(state.step, f"step {state.step} is a spike ({spike}): {what}", level="warning")
+            recorder.event(state.step, "spike", f"step {state.step} is a spike ({spike}): {what}", level="warning")
         guard.took(loss, result.grad_norm)
     if result.applied and result.inner_applied:
         guard.went_well()
@@ -209,13 +209,13 @@ def _guarded(
     state.skipped_steps += 1
     if result.rescaled:
         words = "gradients exceed fp16's range; the loss is scaled by less from here on"
-        recorder.event(state.step, f"step {state.step} skipped: {words}", level="warning")
+        recorder.event(state.step, "skip", f"step {state.step} skipped: {words}", level="warning")
         return None
     inner = " of the inner optimizer" if result.applied else ""
     words = "non-finite loss or gradient"
     if result.refused:
         words = f"a spike ({guard.found}): loss {float(trained.loss):.4g}, gradient norm {result.grad_norm:.4g}"
-    recorder.event(state.step, f"step {state.step}{inner} skipped: {words}", level="warning")
+    recorder.event(state.step, "skip", f"step {state.step}{inner} skipped: {words}", level="warning")
     if not guard.skipped(state.step):
         return None
     samples = [name for part in gather_objects(loader.names(batch.sample_ids)) for name in part]
@@ -225,7 +225,7 @@ def _guarded(
         f"{state.guard.consecutive_skips} steps in a row (guard.patience); the last batch held {', '.join(samples[:5])}"
         f"{more}"
     )
-    recorder.record("event", state.step, message=reason, level="error", samples=samples)
+    recorder.event(state.step, "skip", reason, level="error", samples=samples)
     if not guard.may_roll_back:
         raise RunStopped(
             f"{reason}. The run has gone back to a checkpoint {state.guard.rollbacks} times (guard.max_rollbacks). "
@@ -245,9 +245,8 @@ def _unreadable(config: Config, state: TrainState, batch: Batch, loader: Trainin
         )
     for entry in loader.exclude(faults):
         fault = Fault(entry.kind, entry.dataset, entry.shard, entry.row, entry.member, entry.offset, entry.reason)
-        recorder.event(
-            state.step, f"unreadable: {fault}; left out from epoch {entry.epoch} of {entry.dataset} on", level="warning"
-        )
+        words = f"unreadable: {fault}; left out from epoch {entry.epoch} of {entry.dataset} on"
+        recorder.event(state.step, "data", words, level="warning")
         logger.warning("step %d: unreadable: %s", state.step, fault)
     read = state.samples_seen + state.unreadable_samples
     if read >= 1000 and state.unreadable_samples > config.data.max_bad_fraction * read:
@@ -304,7 +303,7 @@ def _validate(config: Config, state: TrainState, validator: Validator, recorder:
     with recorder.phase("eval"):
         values = validator.run()
     for fault in validator.faults[:3]:
-        recorder.event(state.step, f"unreadable in validation: {fault}", level="warning")
+        recorder.event(state.step, "data", f"unreadable in validation: {fault}", level="warning")
     if validator.faults and config.data.on_error == "stop":
         raise RunStopped(f"step {state.step}: unreadable in validation (data.on_error=stop): {validator.faults[0]}")
     name = config.validation.best_metric
@@ -331,7 +330,8 @@ def _tell_saves(checkpoints: CheckpointManager, recorder: Recorder, state: Train
     """Of saves that have come to their end behind the loop."""
     for saved in checkpoints.news():
         if saved.problem:
-            recorder.event(state.step, f"checkpoint of step {saved.step} not saved: {saved.problem}", level="warning")
+            words = f"checkpoint of step {saved.step} not saved: {saved.problem}"
+            recorder.event(state.step, "checkpoint", words, level="warning")
             recorder.count_failed_save()
         else:
             samples_seen = saved.train_state["samples_seen"]
@@ -339,7 +339,7 @@ def _tell_saves(checkpoints: CheckpointManager, recorder: Recorder, state: Train
     for copied in checkpoints.news_of_mirror():
         if copied.problem:
             words = f"checkpoint of step {copied.step} not copied to the mirror: {copied.problem}"
-            recorder.event(state.step, words, level="warning")
+            recorder.event(state.step, "checkpoint", words, level="warning")
             recorder.count_failed_save(mirror=True)
         else:
             recorder.record("mirror", copied.step, seconds=copied.seconds)

@@ -121,13 +121,17 @@ def records(
         if step // every in (148, 149):
             record["loss"] = record["grad_norm"] = math.nan
             message = f"step {step} skipped: non-finite loss or gradient"
-            yield note("event", step, message=message, level="warning")
+            yield note("event", step, about="skip", message=message, level="warning")
         if step // every == 311:
             record["grad_norm"] = math.inf
         yield record
         if step // every == 210:
             yield note(
-                "event", step, message=f"step {step} is a spike (loss): loss 9.1, gradient norm 40", level="warning"
+                "event",
+                step,
+                about="spike",
+                message=f"step {step} is a spike (loss): loss 9.1, gradient norm 40",
+                level="warning",
             )
         if step % 250 == 0:
             accuracy = {
@@ -143,17 +147,24 @@ def records(
             yield note(
                 "event",
                 1490,
+                about="skip",
                 message="step 1490: loss or gradients were not finite for 3 steps in a row",
                 level="error",
             )
-            yield note("event", 1000, message="back to step 1000; steps 1480 to 1490 are left out", level="warning")
+            yield note(
+                "event",
+                1000,
+                about="rollback",
+                message="back to step 1000; steps 1480 to 1490 are left out",
+                level="warning",
+            )
             for again in range(1000 + every, 1500 + 1, every):
                 yield train_record(again, random_, total)
         if step == 2600:
             message = "rank 3 was killed (signal 9) on node-1"
             yield note("restart", step, cause="rank_lost", message=message, rank=3)
             yield note("goodput", step, seconds={"init": 15.0, "productive": 1050.0, "checkpoint": 2.0, "lost": 40.0})
-            yield note("event", 2500, message="resumed from step 2500", level="info")
+            yield note("event", 2500, about="resume", message="resumed from step 2500", level="info")
             yield note("start", 2501, phases={**start, "load": 3.1}, seconds=18.4)
     if end:
         seconds = {

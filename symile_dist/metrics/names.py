@@ -32,6 +32,8 @@ RESTART_CAUSES = ("rank_lost", "node_lost", "hang", "out_of_memory", "preemption
 START_PHASES = ("detect", "wait", "workers", "import", "checkpoint", "data", "model", "load", "first_step")
 RUN_STATES = ("init", "productive", "checkpoint", "eval", "restart", "lost")
 RETRIEVAL_DEPTHS = ("1", "5", "10")
+Topic = Literal["resume", "stop", "skip", "spike", "rollback", "data", "checkpoint", "profile"]
+"""What an event of the history is about."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,12 +109,12 @@ class StepProfiler:
         except Exception as error:
             self._give_up(step, error)
             return
-        self._recorder.event(step, f"steps {self._first} to {step} are profiled: {path}")
+        self._recorder.event(step, "profile", f"steps {self._first} to {step} are profiled: {path}")
         logger.info("profile: %s", path)
 
     def _give_up(self, step: int, error: Exception) -> None:
         self._steps = self._profile = None
-        self._recorder.event(step, f"profiling failed, training goes on: {error}", level="warning")
+        self._recorder.event(step, "profile", f"profiling failed, training goes on: {error}", level="warning")
         logger.warning("profiling failed: %s", error)
 
 

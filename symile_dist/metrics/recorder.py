@@ -10,7 +10,7 @@ from typing import Any
 
 from symile_dist.metrics.exporter import Exporter
 from symile_dist.metrics.history import History
-from symile_dist.metrics.names import known_or_other
+from symile_dist.metrics.names import Topic, known_or_other
 from symile_dist.spans import Spans
 from symile_dist.types import Batch
 
@@ -252,8 +252,8 @@ class Recorder:
         rounded = {phase: round(seconds, 3) for phase, seconds in phases.items()}
         self.record("start", step, phases=rounded, seconds=round(sum(phases.values()), 3))
 
-    def event(self, step: int, message: str, level: str = "info", **values: Any) -> None:
-        self.record("event", step, message=message, level=level, **values)
+    def event(self, step: int, about: Topic, message: str, level: str = "info", **values: Any) -> None:
+        self.record("event", step, about=about, message=message, level=level, **values)
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         if self.history:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from pydantic_core import from_json
 
 from symile_dist.metrics.history import HISTORY_FILE, REPLAYED_KINDS
+from symile_dist.metrics.names import Topic
 from symile_dist.view.series import Table
 
 CHUNK_BYTES = 2**21
@@ -213,13 +213,14 @@ class RunHistory:
         message = str(record.get("message", ""))[:2000]
         level = record.get("level")
         level = level if level in ("info", "warning", "error") else "info"
-        sort = kind if kind in ("restart", "end") else _sort_of(message)
+        about = record.get("about")
+        sort = kind if kind in ("restart", "end") else str(about) if about in get_args(Topic) else "other"
         if kind == "restart":
             level = "warning"
             message = message or str(record.get("cause", ""))
         elif kind == "end":
             status = str(record.get("status", "ended"))
-            level = "error" if status in ("failed", "refused") else "info"
+            level = "error" if status in ("failed", "stopped", "refused") else "info"
             message = f"{status}: {message}" if message and message != status else status
         self._events += 1
         self.counts[sort] = self.counts.get(sort, 0) + 1
@@ -250,18 +251,3 @@ class RunHistory:
                 seconds = np.diff(table.times[-RATE_RECORDS:]) / np.diff(table.steps[-RATE_RECORDS:])
                 seconds = seconds[np.isfinite(seconds) & (seconds > 0)]
             return float(np.median(seconds)) if len(seconds) else None
-
-
-_SORTS = (
-    ("rollback", re.compile(r"^back to step |went back|roll(ed)? ?back", re.IGNORECASE)),
-    ("resume", re.compile(r"^(resumed|warm start)", re.IGNORECASE)),
-    ("skip", re.compile(r"\bskipped\b|for \d+ steps in a row", re.IGNORECASE)),
-    ("spike", re.compile(r"\bspike\b", re.IGNORECASE)),
-    ("checkpoint", re.compile(r"checkpoint|mirror", re.IGNORECASE)),
-    ("data", re.compile(r"unreadable|quarantine|shard", re.IGNORECASE)),
-)
-
-
-def _sort_of(message: str) -> str:
-    """Of an event, from its words: the history has no other sign of it."""
-    return next((sort for sort, pattern in _SORTS if pattern.search(message)), "other")

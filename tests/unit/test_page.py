@@ -224,7 +224,7 @@ def test_a_resumed_run_is_shown_as_its_history_says(tmp_path: Path) -> None:
     generation = history.generation
     writer.close()
     writer = History(tmp_path, resume_step=20, tensorboard=False)
-    writer.write("event", 20, message="resumed from step 20", level="info")
+    writer.write("event", 20, about="resume", message="resumed from step 20", level="info")
     writer.write("train", 21, loss=99.0)
     history.refresh()
     found = part_of(history.tables["train"])
@@ -258,7 +258,9 @@ def test_common_events_do_not_push_out_those_that_matter(tmp_path: Path) -> None
     with (tmp_path / HISTORY_FILE).open("w") as file:
         file.write(made_run.line({"kind": "restart", "step": 1, "cause": "rank_lost", "message": "rank 1 is lost"}))
         for step in range(2, 5000):
-            file.write(made_run.line({"kind": "event", "step": step, "message": f"step {step} skipped: a spike"}))
+            file.write(
+                made_run.line({"kind": "event", "step": step, "about": "skip", "message": f"step {step}: a spike"})
+            )
     events = Client(tmp_path).section("events")
     assert events["counts"] == {"restart": 1, "skip": 4998}
     assert events["rows"][0]["message"] == "rank 1 is lost" and events["rows"][-1]["step"] == 4999

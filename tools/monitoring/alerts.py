@@ -120,8 +120,8 @@ def alerts(time_scale: float = 1.0) -> list[Alert]:
             severity="critical",
             summary="{{ $labels.run }}: {{ $value }} ranks, or the driver, have not answered for five minutes",
             description=(
-                "A restart takes less. Either the group waits for nodes, or the run has failed, or its driver was killed, "
-                "or Prometheus does not reach the machines. First: symile-dist status {{ $labels.run }}"
+                "A restart takes less. The group waits for nodes, or the run has failed, or its driver was killed, or "
+                "Prometheus does not reach the machines. First: symile-dist status {{ $labels.run }}"
             ),
         ),
         Alert(

@@ -56,7 +56,7 @@ export function eventColour(event) {
   return colours.axis;
 }
 
-export const marksOf = (events) => events.filter((event) => event.step !== null && event.sort !== "other" && event.sort !== "end" || event.level === "error");
+export const marksOf = (events) => events.filter((event) => event.step !== null && !["other", "end", "stop", "profile"].includes(event.sort) || event.level === "error");
 
 /**
  * One curve: `steps`, `times` and `width` of its grid; `mean` and, where points stand for several records, `min` and
