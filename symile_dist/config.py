@@ -632,7 +632,9 @@ class Config(Section):
                 "data": self.data.model_copy(update=data),
                 "modalities": modalities,
                 "evaluation": self.evaluation.model_copy(update=evaluation),
-                "metrics": self.metrics.model_copy(update={"loggers": loggers}),
+                "metrics": self.metrics.model_copy(
+                    update={"loggers": loggers, "token_file": absolute(self.metrics.token_file)}
+                ),
             }
         )
 
@@ -699,6 +701,8 @@ def _cross_checks(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         )
     if config.metrics.port and config.metrics.port + world - 1 > 65535:
         yield ("metrics", "port"), f"port + ray.num_workers - 1 = {config.metrics.port + world - 1} exceeds 65535"
+    if config.metrics.port and config.metrics.port <= config.metrics.driver_port < config.metrics.port + world:
+        yield ("metrics", "driver_port"), f"is among the ranks' ports, from metrics.port = {config.metrics.port} on"
     for key, instead in DERIVED_DEEPSPEED_KEYS.items():
         section, _, name = key.partition(".")
         given = config.deepspeed.get(section, {})
@@ -732,6 +736,13 @@ def _training_checks(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("train", "precision"), "fp16 needs train.zero_stage = 1 or more: DeepSpeed scales no loss without ZeRO"
     if train.compile and train.zero_stage == 3:
         yield ("train", "compile"), "gains nothing at train.zero_stage = 3, which gathers weights between the layers"
+    if train.profile_steps:
+        first, last = train.profile_steps
+        if not first <= last <= train.steps:
+            yield ("train", "profile_steps"), f"should be [first, last] of the steps 1 to train.steps = {train.steps}"
+    for rank in train.profile_ranks:
+        if rank >= config.world_size:
+            yield ("train", "profile_ranks"), f"there is no rank {rank}: ray.num_workers = {config.world_size}"
     if train.sync_batch_norm and train.freeze_batch_norm:
         yield ("train", "sync_batch_norm"), "there is nothing to synchronise with train.freeze_batch_norm"
 

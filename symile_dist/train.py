@@ -111,6 +111,7 @@ def train(
         if rollback:
             checkpoints.settle()
             _tell_saves(checkpoints, recorder, state)
+            profiler.finish(state.step)
             raise rollback
         due = {what for what, every in due_for.items() if state.step == steps or (every and state.step % every == 0)}
         if "log" in due and trained:
@@ -121,6 +122,7 @@ def train(
         if granted or state.step == steps:
             interval.saved(time.monotonic(), _save(engine, loader, checkpoints, recorder, state))
         if "stop" in granted and state.step < steps:
+            profiler.finish(state.step)
             checkpoints.finish()
             _tell_saves(checkpoints, recorder, state)
             recorder.event(state.step, "stop", f"stopped as asked after step {state.step}, saved")

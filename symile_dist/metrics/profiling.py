@@ -68,7 +68,6 @@ class StepProfiler:
 
     def __init__(self, config: Config, rank: int, recorder: Recorder) -> None:
         self._steps = config.train.profile_steps if rank in config.train.profile_ranks else None
-        self._name = f"rank-{rank:05d}-steps-{'-'.join(map(str, self._steps or ()))}"
         self._folder, self._rank, self._recorder = config.run_directory / PROFILE, rank, recorder
         self._profile: Any = None
         self._began = 0.0
@@ -87,23 +86,30 @@ class StepProfiler:
         except Exception as error:
             self._give_up(step, error)
             return
+        self._annotate = self._recorder.spans.annotate
         self._recorder.spans.annotate = lambda name: record_function(MARK + name)
         self._began, self._first = time.perf_counter(), step
 
     def after(self, step: int) -> None:
         """The step is done."""
-        if self._profile is None or self._steps is None or step < self._steps[1]:
+        if self._steps and step >= self._steps[1]:
+            self.finish(step)
+
+    def finish(self, step: int) -> None:
+        """Writes what there is, if steps are being profiled: the loop ends with this step."""
+        if self._profile is None:
             return
         taken, self._profile, steps = self._profile, None, step - self._first + 1
         seconds = (time.perf_counter() - self._began) / steps
-        self._recorder.spans.annotate = Recorder().spans.annotate
+        self._recorder.spans.annotate = self._annotate
         self._steps = None
         try:
             taken.__exit__(None, None, None)
             self._folder.mkdir(parents=True, exist_ok=True)
-            taken.export_chrome_trace(str(self._folder / f"{self._name}.trace.json.gz"))
+            name = f"rank-{self._rank:05d}-steps-{self._first}-{step}"
+            taken.export_chrome_trace(str(self._folder / f"{name}.trace.json.gz"))
             rows = table(*_read(taken.events()), steps)
-            path = self._folder / f"{self._name}.md"
+            path = self._folder / f"{name}.md"
             write_json(path.with_suffix(".json"), {"rank": self._rank, "step_seconds": seconds, "phases": rows})
             write_text(path, as_text(rows, f"Rank {self._rank}, steps {self._first} to {step}", seconds))
         except Exception as error:

@@ -97,3 +97,15 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) ->
 def test_the_text_of_a_table() -> None:
     rows = [{"phase": "loss", "seconds": 0.25, "bound_by": "x", "operators": {"aten::mm": 0.1}}]
     assert "| loss | 250.00 | 50% | x | aten::mm 100.00 |" in as_text(rows, "Rank 0", 0.5)
+
+
+def test_what_was_profiled_before_the_loop_ended_is_kept(tmp_path: Path) -> None:
+    train = SimpleNamespace(profile_steps=(2, 9), profile_ranks=[0])
+    config: Any = SimpleNamespace(train=train, run_directory=tmp_path)
+    profiler = StepProfiler(config, 0, Recorder())
+    profiler.finish(1)
+    for step in (2, 3):
+        profiler.before(step)
+        profiler.after(step)
+    profiler.finish(3)
+    assert (tmp_path / "profile" / "rank-00000-steps-2-3.md").exists()
