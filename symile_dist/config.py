@@ -740,7 +740,7 @@ def _training_checks(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         first, last = train.profile_steps
         if not first <= last <= train.steps:
             yield ("train", "profile_steps"), f"should be [first, last] of the steps 1 to train.steps = {train.steps}"
-    for rank in train.profile_ranks:
+    for rank in train.profile_ranks if train.profile_steps else ():
         if rank >= config.world_size:
             yield ("train", "profile_ranks"), f"there is no rank {rank}: ray.num_workers = {config.world_size}"
     if train.sync_batch_norm and train.freeze_batch_norm:
@@ -822,10 +822,10 @@ def _logger_problems(name: str, options: dict[str, Any]) -> Iterator[tuple[tuple
     problem = unknown_name(name, LOGGERS, "logger")
     if problem:
         yield (), problem
-    for option in options:
-        if re.search(r"(^|_)(key|token|password|secret)s?$", str(option).lower()):
-            yield (str(option),), "secrets stand in no config: they are read from the environment"
-            return
+    words = "secrets stand in no config: they are read from the environment"
+    for place in _secret_keys(options, ()):
+        yield place, words
+        return
     if name in LOGGER_OPTIONS:
         try:
             LOGGER_OPTIONS[name].model_validate(options)
@@ -833,8 +833,24 @@ def _logger_problems(name: str, options: dict[str, Any]) -> Iterator[tuple[tuple
             for detail in error.errors():
                 place = tuple(str(part) for part in detail["loc"])
                 known = suggestion(place[-1], list(LOGGER_OPTIONS[name].model_fields))
-                words = detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
-                yield place, f"unknown option{known}" if detail["type"] == "extra_forbidden" else words
+                told = detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
+                yield place, f"unknown option{known}" if detail["type"] == "extra_forbidden" else told
+            return
+    if re.search(r"://([^/\s]*@|[^\s]*[?&][^=\s]*(key|token|secret|password)=)", str(options)):
+        yield (), f"a URL with a user or a key: {words}"
+
+
+def _secret_keys(value: Any, place: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Where options, at any depth, have a key that is called like a secret."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(key)).lower()
+            if part and re.search(r"(^|[_-])(api_?key|key|token|password|passwd|secret|credential|auth)s?$", name):
+                yield (*place, str(key))
+            yield from _secret_keys(part, (*place, str(key)))
+    elif isinstance(value, list):
+        for part in value:
+            yield from _secret_keys(part, place)
 
 
 class _Loader(yaml.SafeLoader):

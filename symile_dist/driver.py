@@ -28,7 +28,7 @@ from symile_dist.health.attempt import Attempt
 from symile_dist.health.lease import Lease, locked
 from symile_dist.health.restarts import Restarts
 from symile_dist.metrics.exporter import token_of
-from symile_dist.monitor import Monitor
+from symile_dist.monitor import Monitor, settle
 from symile_dist.preflight import preflight
 from symile_dist.run_directory import tell_run
 from symile_dist.signals import terminating
@@ -87,7 +87,8 @@ def _launch(
             state = {key: value for key, value in read_manifest(done[-1][1]).train_state.items() if key != "guard"}
             with locked(directory) as lease:
                 _claim_mirror(config, lease, fresh, resume)
-                tell_run(directory, status="finished", message="", **state)
+                tell_run(directory, status="finished", message="", page=None, **state)
+                settle(directory)
             return {"status": "finished", "message": "", **state, "restarts": 0, "seconds": 0.0}
     start_ray(config)
     with locked(directory) as lease:
@@ -155,10 +156,10 @@ def run(
     view = TerminalView(config.run.name, config.train.steps, console=console, plain=plain)
     view.start()
     monitor = Monitor(config, own_address(), began)
-    if monitor.url:
-        view.note(f"watch it: {monitor.url}")
     outcome = {"status": "interrupted", "message": "interrupted by a signal"}
     try:
+        if monitor.url:
+            view.note(f"watch it: {monitor.url}")
         outcome = _attempts(config, lease, view, monitor, restarts, terminated, mirror_holder)
     except KeyboardInterrupt:
         if not terminated.is_set():
@@ -194,7 +195,7 @@ def _attempts(
     directory, begin = config.run_directory, time.monotonic()
     failed: float | None = None
     while True:
-        placed = _place(config, restarts, view, terminated)
+        placed = _place(config, restarts, view, monitor, terminated)
         if placed is None:
             return _ended_as_asked(config)
         hours = (time.monotonic() - begin) / 3600
@@ -236,7 +237,9 @@ class _Placed(NamedTuple):
     """Nodes, by id, that have no part in it."""
 
 
-def _place(config: Config, restarts: Restarts, view: TerminalView, terminated: threading.Event) -> _Placed | None:
+def _place(
+    config: Config, restarts: Restarts, view: TerminalView, monitor: Monitor, terminated: threading.Event
+) -> _Placed | None:
     """As many ranks as the cluster holds; after a failure it waits until it holds enough. None when asked to end.
 
     Raises ValueError where the cluster is too small from the start, RunFailed where it stays so.
@@ -265,6 +268,7 @@ def _place(config: Config, restarts: Restarts, view: TerminalView, terminated: t
         if not told:
             view.note(f"waiting for nodes: {lack}", level="warning")
             told = True
+        monitor.look()
         terminated.wait(POLL_SECONDS)
     return None
 

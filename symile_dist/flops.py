@@ -31,8 +31,10 @@ def device_facts(device: torch.device, config: Config) -> dict[str, float]:
     return facts | ({"peak_flops": peak} if peak else {})
 
 
-def flops_per_sample(engine: Engine, batch: Batch) -> float:
+def flops_per_sample(engine: Engine, batch: Batch) -> tuple[float, str]:
     """Of the encoders, forward and backward, counted on the first rows of a batch; all ranks call it, in step.
+
+    Returns 0 and why where they cannot be counted, by encoders that take no such few rows, say.
 
     Products and convolutions only, as torch counts them, and nothing twice that the step computes twice (two passes,
     activation checkpointing). A backward pass needs twice the forward's; a frozen encoder needs none. The objective is
@@ -46,6 +48,8 @@ def flops_per_sample(engine: Engine, batch: Batch) -> float:
         try:
             with counter:
                 engine.encode(rows)
+        except Exception as error:  # on all ranks alike, as they have the same encoders and as many rows
+            return 0.0, str(error)
         finally:
             engine.train(True)
     total = 3.0 * counter.get_total_flops()
@@ -54,4 +58,4 @@ def flops_per_sample(engine: Engine, batch: Batch) -> float:
         part = name.rpartition("encoders.")[2]
         if "encoders." in name and part in encoder and not any(p.requires_grad for p in encoder[part].parameters()):
             total -= 2.0 * sum(operations.values())
-    return total / len(rows)
+    return total / len(rows), ""

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import symile_dist
@@ -13,7 +14,7 @@ from symile_dist.config import Config
 from symile_dist.health.restarts import Failure
 from symile_dist.metrics.discovery import as_json, targets, write_targets
 from symile_dist.metrics.exporter import Exporter, token_of
-from symile_dist.metrics.goodput import Goodput, read_goodput, write_goodput
+from symile_dist.metrics.goodput import Goodput, read_goodput, settled, write_goodput
 from symile_dist.metrics.history import History
 from symile_dist.metrics.http import Application, HttpServer
 from symile_dist.metrics.names import RUN_STATES
@@ -125,6 +126,7 @@ class Monitor:
             step = self._step if failure.step is None else failure.step
         if self._exporter:
             self._exporter.increment("symile_run_restarts_total", cause=failure.cause)
+        self._write(now=True)
         rank = {} if failure.rank is None else {"rank": failure.rank}
         self._record(("restart", step, {"cause": failure.cause, "message": failure.message, **rank}))
 
@@ -132,6 +134,7 @@ class Monitor:
         """A group of ranks has saved and ended, to begin again in another size."""
         with self._lock:
             self._goodput.restarting()
+        self._write(now=True)
         self._record(("restart", self._step, {"cause": "rescaled", "message": "the cluster holds more ranks by now"}))
 
     def told(self) -> dict[str, Any]:
@@ -168,7 +171,7 @@ class Monitor:
         """Into the history, which between groups of ranks nobody else writes."""
         with self._lock:
             seconds = self._goodput.told()["seconds"]
-        history = History(self._directory, tensorboard=False)
+        history = History(self._directory, tensorboard=False, repair=False)
         for kind, step, values in (*records, ("goodput", self._step, {"seconds": seconds})):
             history.write(kind, step, **values)
         history.close()
@@ -197,9 +200,24 @@ class Monitor:
             self._counted[state] = seconds[state]
 
 
+def settle(directory: Path) -> None:
+    """Ends what a driver that was killed has left of a run that is found to be at its end."""
+    try:
+        write_targets(directory, [])
+        account = read_goodput(directory)
+        if account and not account["ended"]:
+            write_goodput(directory, settled(account))
+    except OSError as error:
+        logger.warning("%s: what it shows of the run is out of date: %s", directory, error)
+
+
 def _routed(routes: Mapping[str, Application], rest: Application) -> Application:
     def application(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        return routes.get(environ.get("PATH_INFO", "/"), rest)(environ, start_response)
+        route = routes.get(environ.get("PATH_INFO", "/"))
+        if route and environ["REQUEST_METHOD"] != "GET":
+            start_response("405 Method Not Allowed", [("Allow", "GET"), ("Content-Type", "text/plain")])
+            return [b""]
+        return (route or rest)(environ, start_response)
 
     return application
 

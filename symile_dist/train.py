@@ -272,7 +272,9 @@ def _log(
 ) -> None:
     modalities = list(config.modalities)
     if recorder.flops_per_sample is None:
-        recorder.flops_per_sample = flops_per_sample(engine, batch)
+        recorder.flops_per_sample, problem = flops_per_sample(engine, batch)
+        if problem:
+            recorder.event(state.step, "profile", f"no FLOP/s and no MFU: {problem}", level="warning")
     device = device_facts(engine.device, config)
     recorder.tell_device(device)
     own = recorder.own_speed() | {"memory_bytes": device.get("memory_peak", device["resident"])}

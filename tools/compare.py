@@ -20,11 +20,12 @@ from typing import Any, Literal
 import yaml
 
 from symile_dist.config import ConfigError
+from symile_dist.masking import is_secret, masked_data
 from symile_dist.metrics.goodput import read_goodput
 from symile_dist.metrics.history import HISTORY_FILE, iterate_history
 from symile_dist.registry import suggestion
 from symile_dist.run_directory import CONFIG_FILE, flat_config, load_run, read_run
-from symile_dist.storage import read_json, without_secrets
+from symile_dist.storage import read_json
 
 Axis = Literal["steps", "samples", "time"]
 AXES: dict[Axis, str] = {"steps": "step", "samples": "samples seen", "time": "hours since the first record"}
@@ -35,7 +36,6 @@ SPEED_KEYS = ("train.samples_per_second", "train.mfu")
 SPARKLINE = 20
 """Characters of a small curve."""
 BARS = "▁▂▃▄▅▆▇█"
-_SECRET = re.compile(r"(^|[._])(api_?key|access_key|secret(_key)?|password|passwd|token|credentials)$")
 
 
 @dataclass
@@ -416,9 +416,9 @@ def _differing(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def _setting(key: str, value: Any) -> str:
-    if value is not None and _SECRET.search(key):
-        return "***"
-    return without_secrets(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+    # A flat key: any of its parts may be called like a secret.
+    shown = masked_data(value, next((part for part in key.split(".") if is_secret(part)), ""))
+    return shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False, default=str)
 
 
 # The terminal

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from symile_dist.metrics.names import RUN_STATES
+from symile_dist.metrics.names import RESTART_CAUSES, RUN_STATES
 from symile_dist.storage import read_json, write_json
 
 GOODPUT_FILE = "goodput.json"
@@ -48,14 +49,14 @@ class Goodput:
             self._go_on(before)
 
     def _go_on(self, before: Mapping[str, Any]) -> None:
-        seconds = before.get("seconds", {})
+        seconds = before["seconds"]
         for state in RUN_STATES:
-            self._seconds[state] = float(seconds.get(state, 0.0))
-        self.restarts = {cause: int(count) for cause, count in before.get("restarts", {}).items()}
-        self._seconds["lost"] += float(seconds.get(PENDING, 0.0))
+            self._seconds[state] = seconds.get(state, 0.0)
+        self.restarts = dict(before.get("restarts", {}))
+        self._seconds["lost"] += seconds.get(PENDING, 0.0)
         if not before.get("ended", True):
             begun = self._date() - (self._clock() - self._since)
-            self._seconds["restart"] += max(0.0, begun - float(before.get("updated", begun)))
+            self._seconds["restart"] += max(0.0, begun - before.get("updated", begun))
             self._state = "restart"
 
     def _count(self) -> None:
@@ -138,12 +139,40 @@ class Goodput:
 
 
 def read_goodput(directory: Path) -> dict[str, Any]:
-    """A run's account; empty where there is none that can be read."""
+    """A run's account, as far as it can be read; empty where there is none."""
     try:
         content = read_json(directory / GOODPUT_FILE)
-        return content if isinstance(content, dict) and isinstance(content.get("seconds"), dict) else {}
     except (OSError, ValueError):
         return {}
+    if not isinstance(content, dict) or not isinstance(content.get("seconds"), dict):
+        return {}
+    seconds = {state: finite(content["seconds"].get(state)) or 0.0 for state in (*RUN_STATES, PENDING)}
+    counts = content.get("restarts")
+    restarts = {
+        cause: int(count)
+        for cause in RESTART_CAUSES
+        if (count := finite(counts.get(cause) if isinstance(counts, dict) else None))
+    }
+    updated = finite(content.get("updated"))
+    found = {"seconds": seconds, "restarts": restarts, "ended": content.get("ended") is not False}
+    return found | ({} if updated is None else {"updated": updated})
+
+
+def finite(value: Any) -> float | None:
+    """A number of 0 or more; None for anything else."""
+    try:
+        number = float(value) if isinstance(value, (int, float)) else -1.0
+    except OverflowError:
+        return None
+    return number if 0 <= number < math.inf else None
+
+
+def settled(told: Mapping[str, Any]) -> dict[str, Any]:
+    """The account of a run that is found at its end, though its driver was killed: its last steps are in a
+    checkpoint."""
+    seconds = dict(told["seconds"])
+    seconds["productive"] = seconds.get("productive", 0.0) + seconds.get(PENDING, 0.0)
+    return {**told, "seconds": seconds | {PENDING: 0.0}, "ended": True}
 
 
 def write_goodput(directory: Path, told: Mapping[str, Any]) -> None:

@@ -55,14 +55,19 @@ def _parsed_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                record = json.loads(line)
+                record = json.loads(line, parse_int=_integer)
                 if not isinstance(record, dict):
                     raise ValueError("not an object")
-            except ValueError as error:  # Of json and of UTF-8 alike.
+            except (ValueError, RecursionError) as error:  # of json and of UTF-8 alike
                 if line.strip() and line.endswith(b"\n"):
                     logger.warning("%s:%d: damaged record left out: %s", path, number, error)
                 continue
             yield line.rstrip(b"\n") + b"\n", record
+
+
+def _integer(digits: str) -> int | float:
+    """What no float can hold is infinite: whoever reads a history computes with floats."""
+    return int(digits) if len(digits) < 300 else math.copysign(math.inf, -1 if digits[0] == "-" else 1)
 
 
 def _encoded(value: Any) -> Any:
@@ -107,6 +112,7 @@ class History:
         directory: Path,
         resume_step: int | None = None,
         *,
+        repair: bool = True,
         tensorboard: bool = True,
         loggers: Mapping[str, MakeLogger] | None = None,
         close_seconds: float = CLOSE_SECONDS,
@@ -115,6 +121,7 @@ class History:
         Args:
             directory: the run's directory, made if need be.
             resume_step: the step of the checkpoint that training goes on from; None keeps all records.
+            repair: drop what is damaged, or was written after `resume_step`; it takes seconds where a history is long.
             tensorboard: whether to write event files too (imports torch).
             loggers: what makes further loggers, by name: `loggers_of(config)`.
             close_seconds: how long `close` waits for the loggers.
@@ -124,7 +131,8 @@ class History:
         self._file: BinaryIO | None = None
         self._closed = False
         self._close_seconds = close_seconds
-        self._guarded(self._repair, resume_step)
+        if repair:
+            self._guarded(self._repair, resume_step)
         self._guarded(self._open)
         made: dict[str, MakeLogger] = {**(loggers or {})}
         if tensorboard:

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import symile_dist
 from symile_dist.config import Config
+from symile_dist.masking import masked_data
 from symile_dist.registry import LOGGERS, build, check_options, resolve
 from symile_dist.storage import error_words, read_json, write_json
 
@@ -63,7 +64,7 @@ class LoggedRun:
     name: str
     directory: Path
     config: Mapping[str, Any] = field(default_factory=dict)
-    """The resolved config as plain data; it holds no secrets."""
+    """The resolved config as plain data, secrets masked."""
     code_version: str = symile_dist.__version__
     target_steps: int = 0
     """The step at which the run ends."""
@@ -80,7 +81,7 @@ def loggers_of(config: Config) -> dict[str, MakeLogger]:
     run = LoggedRun(
         name=config.run.name,
         directory=config.run_directory,
-        config=config.model_dump(mode="json"),
+        config=masked_data(config.model_dump(mode="json")),
         target_steps=config.train.steps,
     )
 

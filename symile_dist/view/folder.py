@@ -17,10 +17,10 @@ import yaml
 
 from symile_dist.checkpoint.attempts import left_behind
 from symile_dist.checkpoint.manifest import CHECKPOINTS, MANIFEST, CheckpointError, checkpoint_folders, parse_manifest
+from symile_dist.masking import masked, masked_data
 from symile_dist.metrics.goodput import GOODPUT_FILE
 from symile_dist.metrics.panels import OWN_PHASES
 from symile_dist.run_directory import CONFIG_FILE, RANKS_FILE, RUN_FILE
-from symile_dist.storage import without_secrets
 from symile_dist.view import STRAGGLER_RATIO
 from symile_dist.view.following import RunHistory
 
@@ -37,23 +37,6 @@ SILENT_SECONDS = 120.0
 """Or 20 steps: a live run of which nothing is heard for so long may be dead."""
 LIVE = ("starting", "running", "restarting")
 _PHASES_KEPT = 24
-
-_USER_INFO = re.compile(r"(?<=://)(?:[^\s\"'/@:\\]*:[^\s\"'@\\]*|[^\s\"'/@\\]+)@")
-_SECRET_KEY = re.compile(
-    r"(?im)^(?P<key>[ \t]*(?:- )?[\"']?(?:[\w.-]*[_-])?(?:secret|secret_key|access_key|access_key_id|api_key|apikey|"
-    r"password|passwd|token|credentials)[\"']?[ \t]*:[ \t]+)(?!null\b|~|\{\}|\[\])(?P<value>\S.*)$"
-)
-
-
-def masked(text: str) -> str:
-    """Text that may be shown: user and password of URLs, signatures and keys are cut out."""
-    text = without_secrets(text)
-    return _USER_INFO.sub("***@", text) if "://" in text else text
-
-
-def masked_config(text: str) -> str:
-    """A config's text that may be shown: as `masked`, and without the values of keys that are called like secrets."""
-    return _SECRET_KEY.sub(lambda found: f"{found['key']}'***'", masked(text))
 
 
 class _Cached(Generic[T]):
@@ -110,13 +93,19 @@ def _rank_rows(content: bytes) -> list[dict[str, Any]]:
 
 class _ConfigFile:
     def __init__(self, content: bytes) -> None:
-        self.text = content.decode("utf-8", errors="replace")
+        text = content.decode("utf-8", errors="replace")
         try:
             loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is there
-            found = yaml.load(self.text, Loader=loader)
+            found = yaml.load(text, Loader=loader)
         except (yaml.YAMLError, ValueError, RecursionError):
             found = None
         self._content = found if isinstance(found, dict) else {}
+
+    def shown(self) -> str:
+        """Its text, as far as it may be shown."""
+        if not self._content:  # no YAML: whatever it is, it is not to be taken apart
+            return "(config.yaml cannot be read)"
+        return yaml.safe_dump(masked_data(self._content), sort_keys=False, allow_unicode=True, width=10**6)
 
     def at(self, *keys: str) -> Any:
         found: Any = self._content
@@ -175,6 +164,7 @@ class RunFolder:
         told = self._run.get() or {}
         config = self.config()
         status = self.status(history)
+        modalities = config.at("modalities") if config else None
         launch = told.get("launch")
         lineage = told.get("lineage")
         failures = told.get("failures")
@@ -199,10 +189,10 @@ class RunFolder:
             ],
             "launch": {key: launch.get(key) for key in ("backend", "job")} if isinstance(launch, dict) else None,
             "objective": _component(config.at("objective")) if config else None,
-            "precision": config.at("train", "precision") if config else None,
-            "zero_stage": config.at("train", "zero_stage") if config else None,
-            "global_batch_size": config.at("train", "global_batch_size") if config else None,
-            "modalities": list(config.at("modalities") or {}) if config else [],
+            "precision": _word(config.at("train", "precision")) if config else None,
+            "zero_stage": _number(config.at("train", "zero_stage")) if config else None,
+            "global_batch_size": _number(config.at("train", "global_batch_size")) if config else None,
+            "modalities": [str(name) for name in modalities] if isinstance(modalities, dict) else [],
         }
 
     def is_live(self, history: RunHistory) -> bool:
@@ -399,7 +389,7 @@ class RunFolder:
 
     def config_text(self) -> dict[str, Any]:
         config = self.config()
-        return {"text": masked_config(config.text) if config else None}
+        return {"text": config.shown() if config else None}
 
 
 def _told_of(content: bytes, path: Path) -> dict[str, Any]:

@@ -203,7 +203,7 @@ class RunHistory:
         for key, value in record.items():
             if key in ("step", "time", "seconds", "samples_seen") or not isinstance(value, (int, float)):
                 continue
-            if math.isfinite(value):
+            if abs(value) < 1e300:
                 better = min if key == "loss" else max
                 self.best[key] = better(self.best.get(key, value), value)
 
@@ -225,7 +225,7 @@ class RunHistory:
         self._events += 1
         self.counts[sort] = self.counts.get(sort, 0) + 1
         stamp = record.get("time")
-        stamp = float(stamp) if isinstance(stamp, (int, float)) and math.isfinite(stamp) else None
+        stamp = float(stamp) if isinstance(stamp, (int, float)) and abs(stamp) < 1e300 else None
         event = Event(self._events, self.step, stamp, sort, level, message)
         grave = level == "error" or sort in ("restart", "rollback", "end")
         (self._grave if grave else self._common).append(event)

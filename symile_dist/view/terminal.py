@@ -458,7 +458,7 @@ def _number(record: Mapping[str, Any], key: str) -> float | None:
     """The value as a float; None where it is missing or no number. Understands the history's "NaN"."""
     value = record.get(key)
     if isinstance(value, (int, float)):
-        return float(value)
+        return float(value) if abs(value) < 1e300 else math.copysign(math.inf, value) if value == value else value
     if value in ("NaN", "Infinity", "-Infinity"):
         return float(value)
     return None

@@ -131,4 +131,4 @@ class _Watcher:
 
 def _time_of(record: dict[str, Any]) -> float:
     moment = record.get("time")
-    return float(moment) if isinstance(moment, (int, float)) and moment == moment else 0.0
+    return float(moment) if isinstance(moment, (int, float)) and abs(moment) < 1e300 else 0.0

@@ -193,7 +193,8 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
                                                                                  "metrics.driver_port: is among"),
         (["train.profile_steps=[7,3]"], "override 'train.profile_steps=[7,3]': train.profile_steps: should be [first,"),
         (["train.profile_steps=[1,999999]"], "override 'train.profile_steps=[1,999999]': train.profile_steps: should"),
-        (["train.profile_ranks=[0,7]"], "override 'train.profile_ranks=[0,7]': train.profile_ranks: there is no rank"),
+        (["train.profile_ranks=[7]", "train.profile_steps=[1,2]"],
+         "override 'train.profile_ranks=[7]': train.profile_ranks: there is no rank 7"),
         (["deepspeed.train_batch_size=3"], "override 'deepspeed.train_batch_size=3': deepspeed.train_batch_size: "
                                            "follows from the config; set train.global_batch_size in its place"),
         (["deepspeed.bf16={enabled: true}"], "override 'deepspeed.bf16={enabled: true}': deepspeed.bf16: follows from "

@@ -18,6 +18,7 @@ LAYERS: list[set[str]] = [
     {"errors", "registry", "seeding", "configs", "environment", "failpoints", "signals", "spans", "devices"},
     {"config", "types", "similarity"},
     {"distributed", "storage", "hub"},
+    {"masking"},
     {"metrics"},
     {"data", "encoders", "objectives", "evaluation", "checkpoint", "health"},
     {"model", "run_directory"},

@@ -15,8 +15,9 @@ from wsgiref.util import setup_testing_defaults
 import numpy as np
 import pytest
 
+from symile_dist.masking import masked, masked_data
 from symile_dist.metrics.history import HISTORY_FILE, History
-from symile_dist.view.folder import RunFolder, masked, masked_config
+from symile_dist.view.folder import RunFolder
 from symile_dist.view.following import HistoryFile, RunHistory
 from symile_dist.view.page import page_application
 from symile_dist.view.series import POINTS, Part, Table, bucket_width
@@ -479,10 +480,24 @@ def test_secrets_in_urls_are_masked(text: str, shown: str) -> None:
 
 
 def test_secrets_in_a_config_are_masked() -> None:
-    text = "a:\n  api_key: abc\n  password: 'x y'\n  token: null\n  tokens: 7\n  tokenizer: b\n  secret_key: q # note\n"
-    assert masked_config(text) == (
-        "a:\n  api_key: '***'\n  password: '***'\n  token: null\n  tokens: 7\n  tokenizer: b\n  secret_key: '***'\n"
-    )
+    hidden = "secret-value with words"
+    config = {
+        "a": {"api_key": hidden, "apiKey": hidden, "hf_token": hidden, "private_key": hidden, "Authorization": hidden},
+        "auth": {"user": hidden, "pass": hidden},
+        "tokens": [hidden, {"x": hidden}],
+        "credentials": {"deeper": {"token": hidden}},
+        "url": "https://me:secret-value@host/x?api_key=secret-value",
+    }
+    assert "secret-value" not in json.dumps(masked_data(config))
+    plain = {
+        "tokenizer": "bert",
+        "max_tokens": 77,
+        "token_file": "/etc/token",
+        "key": "a",
+        "token": None,
+        "tokens": {"text": {"length": 3}},
+    }
+    assert masked_data(plain) == plain
 
 
 def test_no_secret_reaches_the_page(run: Path) -> None:

@@ -7,7 +7,6 @@ endpoint still answers. What is true of any start or restart for a while is wait
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ RUNBOOK = "docs/runbook.md"
 EVALUATION_SECONDS = 15
 """From one evaluation of the rules to the next."""
 LAST_CHECKPOINT_SECONDS = 2 * 3600
+LONGEST_SCALE = 1000.0
 
 Severity = Literal["critical", "warning"]
 """critical: wake someone, the run stands or loses its work; warning: it goes on, at a price."""
@@ -96,8 +96,8 @@ def alerts(time_scale: float = 1.0) -> list[Alert]:
 
     Raises ValueError where that leaves nothing.
     """
-    if not (math.isfinite(time_scale) and time_scale > 0):
-        raise ValueError(f"--time-scale {time_scale}: should be more than 0; 1 is real time")
+    if not 0 < time_scale <= LONGEST_SCALE:
+        raise ValueError(f"--time-scale {time_scale}: should be more than 0, {LONGEST_SCALE:g} at most; 1 is real time")
 
     def minutes(number: float) -> str:
         return duration(60 * number * time_scale)
