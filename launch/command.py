@@ -193,7 +193,9 @@ def format_status(told: dict[str, Any]) -> str:
     if told.get("restarts"):
         lines.append(f"  restarts     {told['restarts']}")
     if told.get("run_message"):
-        lines.append(f"  message      {told['run_message']}")
+        # An escape sequence could do anything to the terminal.
+        words = "".join(each if each.isprintable() else " " for each in str(told["run_message"]))
+        lines.append(f"  message      {words}")
     return "\n".join([*lines, f"  directory    {told['run']}"])
 
 

@@ -27,7 +27,8 @@ from symile_dist.group import run_group
 from symile_dist.health.attempt import Attempt
 from symile_dist.health.lease import Lease, locked
 from symile_dist.health.restarts import Restarts
-from symile_dist.metrics.exporter import token_of
+from symile_dist.metrics.exporter import check_address, token_of
+from symile_dist.metrics.http import LOOPBACK
 from symile_dist.monitor import Monitor, settle
 from symile_dist.preflight import preflight
 from symile_dist.run_directory import tell_run
@@ -80,7 +81,9 @@ def _launch(
     for warning in preflight(config, fresh)[:5]:
         logger.warning("%s", warning)
     run_directory.check(config, fresh, resume)
-    token_of(config)
+    check_address(config)
+    if token_of(config) is None and config.metrics.enabled and config.metrics.address not in LOOPBACK:
+        logger.warning("metrics.address: whoever reaches this machine reads metrics, page and config: see token_file")
     done = [] if fresh else usable_checkpoints(directory / CHECKPOINTS)
     if done and done[-1][0] >= config.train.steps:
         with contextlib.suppress(CheckpointError):  # damaged: the ranks go on from the one before

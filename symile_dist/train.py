@@ -198,8 +198,9 @@ def _guarded(
         state.skipped_steps += 1
         return None
     result, config = trained.result, guard.config
+    recorder.tell_step(float(trained.loss), result.grad_norm)  # no wait: the step has asked the device for the norm
     if result.applied and config.action != "off":
-        loss = float(trained.loss)  # no wait: the step has asked the device for the norm
+        loss = float(trained.loss)
         spike = guard.spike(loss, result.grad_norm) if config.action == "warn" else None
         if spike:
             what = f"loss {loss:.4g}, gradient norm {result.grad_norm:.4g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from urllib.parse import urlsplit
 from symile_dist.storage import read_json, write_json
 
 TARGETS_FILE = "targets.json"
+LABELS = ("run", "run_id", "role", "rank", "host")
+_PLACE = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
 
 
 def run_id(directory: Path) -> str:
@@ -52,7 +55,19 @@ def read_targets(directory: Path) -> list[dict[str, Any]]:
         content = read_json(directory / TARGETS_FILE)
     except (OSError, ValueError):
         return []
-    return [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []
+    return [each for each in map(_read_target, content) if each] if isinstance(content, list) else []
+
+
+def _read_target(entry: Any) -> dict[str, Any] | None:
+    """An entry with what of it Prometheus takes; None for what is none. Only our own labels: others could send a
+    scrape, and the token with it, elsewhere."""
+    places = entry.get("targets") if isinstance(entry, dict) else None
+    labels = entry.get("labels") if isinstance(entry, dict) else None
+    if not isinstance(places, list) or not isinstance(labels, dict):
+        return None
+    places = [place for place in places if isinstance(place, str) and _PLACE.fullmatch(place)]
+    labels = {name: str(labels[name]) for name in LABELS if isinstance(labels.get(name), (str, int))}
+    return {"targets": places, "labels": labels} if places else None
 
 
 def as_json(found: list[dict[str, Any]]) -> bytes:

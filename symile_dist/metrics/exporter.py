@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+import socket
 import threading
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -150,13 +152,25 @@ class Exporter:
 
 
 def token_of(config: Config) -> str | None:
-    """What metrics.token_file holds. Raises ValueError where it cannot be read."""
-    if config.metrics.token_file is None:
+    """What metrics.token_file holds. Raises ValueError where it cannot be read, or is none."""
+    path = config.metrics.token_file
+    if path is None:
         return None
     try:
-        token = Path(config.metrics.token_file).read_text(encoding="utf-8").strip()
+        token = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"metrics.token_file: {error}") from None
-    if not token or not token.isprintable() or " " in token or ";" in token:
-        raise ValueError(f"metrics.token_file: {config.metrics.token_file} should hold one word")
+        words = getattr(error, "strerror", None) or error
+        raise ValueError(f"metrics.token_file: {path}: {words}; it should be a file that holds one word") from None
+    if not re.fullmatch(r"[!-:<-~]+", token):  # as it stands in a header, and in a cookie
+        raise ValueError(f"metrics.token_file: {path} should hold one word of ASCII, without ';'")
     return token
+
+
+def check_address(config: Config) -> None:
+    """Raises ValueError where nothing can listen on metrics.address, whichever machine it is."""
+    try:
+        socket.getaddrinfo(config.metrics.address or "?", None)
+    except OSError:
+        raise ValueError(
+            f"metrics.address: '{config.metrics.address}' is no address; 127.0.0.1, or 0.0.0.0 for all interfaces"
+        ) from None

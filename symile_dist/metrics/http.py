@@ -3,10 +3,12 @@ training."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hmac
 import logging
 import os
+import re
 import socket
 import threading
 import weakref
@@ -14,7 +16,7 @@ from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
 from typing import Any
 from urllib.parse import parse_qs
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer, make_server
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,11 @@ CONNECTIONS = 32
 """Answered at a time; what comes beyond is turned away, so that nobody fills a rank with threads."""
 PATIENCE_SECONDS = 10.0
 """For a peer that sends or takes nothing."""
+REQUEST_SECONDS = 30.0
+"""For a whole request and its answer, however busily a peer sends or takes."""
+LONGEST_LINE = 65536
 COOKIE = "symile_token"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _WILDCARDS = ("", "0.0.0.0", "::")
 
 
@@ -67,8 +73,46 @@ class _ServerV6(_Server):
     address_family = socket.AF_INET6
 
 
+class _Answers(ServerHandler):
+    def log_exception(self, exc_info: Any) -> None:
+        """Told where nobody is disturbed: a peer that goes away in the midst of an answer is no event of the run's."""
+        logger.debug("an answer failed", exc_info=exc_info)
+
+
 class _Handler(WSGIRequestHandler):
     timeout = PATIENCE_SECONDS
+
+    def setup(self) -> None:
+        super().setup()
+        # `timeout` begins anew with every byte that comes; this does not.
+        self._deadline = threading.Timer(REQUEST_SECONDS, self._give_up)
+        self._deadline.daemon = True
+        self._deadline.start()
+
+    def _give_up(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def handle(self) -> None:
+        """As its parent's, with `_Answers`."""
+        self.raw_requestline = self.rfile.readline(LONGEST_LINE + 1)
+        if len(self.raw_requestline) > LONGEST_LINE:
+            self.requestline = self.request_version = self.command = ""
+            self.send_error(414)
+            return
+        if not self.parse_request():
+            return
+        server: Any = self.server
+        reads: Any = self.rfile
+        writes: Any = self.wfile
+        answers = _Answers(reads, writes, self.get_stderr(), self.get_environ(), multithread=False)
+        answers.request_handler = self  # type: ignore[attr-defined]
+        answers.run(server.get_app())
+
+    def finish(self) -> None:
+        self._deadline.cancel()
+        with contextlib.suppress(OSError):
+            super().finish()
 
     def log_message(self, *arguments: Any) -> None:
         """Nothing: a line every five seconds would drown the run's own."""
@@ -101,7 +145,10 @@ class HttpServer:
         self._host = host or socket.gethostname()
         self.port: int | None = None
         self._server: WSGIServer | None = None
-        guarded = asking_for(token, application) if token else application
+        if token:
+            guarded = asking_for(token, application)
+        else:
+            guarded = for_this_machine(application) if address in LOOPBACK else application
         for candidate in (port, 0) if port else (0,):
             try:
                 kind = _ServerV6 if ":" in address else _Server
@@ -152,13 +199,18 @@ def asking_for(token: str, application: Application) -> Application:
     """The application behind a token."""
 
     def guarded(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        bearer = str(environ.get("HTTP_AUTHORIZATION", "")).removeprefix("Bearer ")
-        if _same(bearer, token) or any(_same(value, token) for value in _cookies(environ)):
+        scheme, _, bearer = str(environ.get("HTTP_AUTHORIZATION", "")).partition(" ")
+        # Browsers send a cookie to all ports of a host: each run's has a name of its own.
+        cookie = f"{COOKIE}_{environ.get('SERVER_PORT', '')}"
+        if scheme.lower() == "bearer" and _same(bearer.strip(), token):
+            return application(environ, start_response)
+        if any(_same(value, token) for value in _cookies(environ, cookie)):
             return application(environ, start_response)
         given = parse_qs(str(environ.get("QUERY_STRING", ""))).get("token", [""])[0]
         if _same(given, token):
-            cookie = f"{COOKIE}={token}; HttpOnly; SameSite=Strict; Path=/"
-            start_response("303 See Other", [("Location", environ.get("PATH_INFO") or "/"), ("Set-Cookie", cookie)])
+            # Relative: a proxy may have put a path before it. Nothing of the request goes into the answer.
+            set_cookie = f"{cookie}={token}; HttpOnly; SameSite=Strict; Path=/"
+            start_response("303 See Other", [("Location", "./"), ("Set-Cookie", set_cookie)])
             return [b""]
         start_response("401 Unauthorized", [("WWW-Authenticate", "Bearer"), ("Content-Type", "text/plain")])
         return [b"this run asks for a token: Authorization: Bearer TOKEN, or ?token=TOKEN\n"]
@@ -166,9 +218,24 @@ def asking_for(token: str, application: Application) -> Application:
     return guarded
 
 
-def _cookies(environ: dict[str, Any]) -> list[str]:
+def for_this_machine(application: Application) -> Application:
+    """The application for whoever calls this machine by a name of loopback: a page from elsewhere that has its own name
+    point here (DNS rebinding) gets nothing."""
+
+    def guarded(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        host = str(environ.get("HTTP_HOST", "localhost"))
+        name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+        if name.strip("[]").lower() in LOOPBACK:
+            return application(environ, start_response)
+        start_response("421 Misdirected Request", [("Content-Type", "text/plain")])
+        return [b"this page answers to localhost only; to reach it by another name set a token\n"]
+
+    return guarded
+
+
+def _cookies(environ: dict[str, Any], cookie: str) -> list[str]:
     parts = (part.strip().partition("=") for part in str(environ.get("HTTP_COOKIE", "")).split(";"))
-    return [value for name, _, value in parts if name == COOKIE]
+    return [value for name, _, value in parts if name == cookie]
 
 
 def _same(given: str, token: str) -> bool:

@@ -26,12 +26,17 @@ PHASES = ("data_wait", "h2d", "forward", "gather", "loss", "backward", "optimize
 COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter", "broadcast", "barrier")
 SKIP_REASONS = ("nonfinite_loss", "nonfinite_grad", "loss_spike", "grad_spike", "overflow", "excluded", OTHER)
 READ_ERROR_KINDS = ("open", "index", "truncated", "checksum", "decode", OTHER)
-DROP_REASONS = ("unreadable", "missing_modality", "quarantined", "filtered", OTHER)
+DROP_REASONS = ("unreadable",)
 CHECKPOINT_OPERATIONS = ("save", "stall", "load", "verify")
 RESTART_CAUSES = ("rank_lost", "node_lost", "hang", "out_of_memory", "preemption", "nonfinite", OTHER)
 START_PHASES = ("detect", "wait", "workers", "import", "checkpoint", "data", "model", "load", "first_step")
 RUN_STATES = ("init", "productive", "checkpoint", "eval", "restart", "lost")
-RETRIEVAL_DEPTHS = ("1", "5", "10")
+OWN_PHASES = ("data_wait", "h2d", "forward", "loss")
+"""In which a rank waits for no other: gather, backward and optimizer hold collectives, whose time is the slowest
+rank's on all of them."""
+BAD_ENDS = ("failed", "stopped", "refused")
+"""What a run's status is when it has ended as nobody wished."""
+RETRIEVAL_DEPTHS = ("1",)
 Topic = Literal["resume", "stop", "skip", "spike", "rollback", "data", "checkpoint", "profile"]
 """What an event of the history is about."""
 
@@ -77,10 +82,20 @@ _TABLE = (
     ),
     MetricSpec(name="symile_train_loss", kind="gauge", help="Global loss of the last step; NaN and Inf are kept."),
     MetricSpec(name="symile_validation_loss", kind="gauge", help="Loss of the last validation; served by rank 0."),
-    MetricSpec(name="symile_train_learning_rate", kind="gauge", help="Learning rate of the first group, last step."),
+    MetricSpec(
+        name="symile_train_learning_rate", kind="gauge", help="Learning rate of the first group, at the last record."
+    ),
     MetricSpec(name="symile_train_grad_norm", kind="gauge", help="Global gradient norm before clipping, last step."),
-    MetricSpec(name="symile_train_loss_scale", kind="gauge", help="Loss scale of mixed precision; 1 where unused."),
-    MetricSpec(name="symile_train_logit_scale", kind="gauge", help="Factor on the logits, exp already applied."),
+    MetricSpec(
+        name="symile_train_loss_scale",
+        kind="gauge",
+        help="Loss scale of mixed precision, at the last record; 1 where unused.",
+    ),
+    MetricSpec(
+        name="symile_train_logit_scale",
+        kind="gauge",
+        help="Factor on the logits, exp already applied, at the last record.",
+    ),
     MetricSpec(
         name="symile_train_skipped_steps_total",
         kind="counter",

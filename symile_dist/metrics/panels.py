@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from symile_dist.metrics.names import OWN_PHASES
+
 Dashboard = Literal["training", "performance", "data", "reliability", "contrastive"]
 Shape = Literal["curve", "stat", "stacked"]
 """A curve per series; one number; series whose sum says something."""
@@ -76,9 +78,6 @@ EVENTS_WINDOW = "1h"
 """Of what happens seldom: within the window of a rate there would be nothing to see."""
 RECENT_WINDOW = "15m"
 """Of a mean over what happens every few seconds or minutes."""
-OWN_PHASES = ("data_wait", "h2d", "forward", "loss")
-"""In which a rank waits for no other: gather, backward and optimizer hold collectives, whose time is the slowest
-rank's on all of them."""
 
 
 def _of(metric: str, *matchers: str, rank: bool = False) -> str:

@@ -9,10 +9,7 @@ from typing import Any
 import torch
 
 from symile_dist.distributed import all_gather
-from symile_dist.metrics.names import PHASES
-
-OWN_PHASES = ("data_wait", "h2d", "forward", "loss")
-"""A rank's own work, before it waits for others: the backward pass holds such waits."""
+from symile_dist.metrics.names import OWN_PHASES, PHASES
 
 
 def gathered(own: Mapping[str, float], modalities: Sequence[str], device: torch.device) -> list[dict[str, float]]:

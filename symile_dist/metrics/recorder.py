@@ -21,9 +21,7 @@ FETCH_COUNTERS = {
 }
 """What the fetcher counts -> its metric."""
 GAUGES = {
-    "loss": "symile_train_loss",
     "learning_rate": "symile_train_learning_rate",
-    "grad_norm": "symile_train_grad_norm",
     "logit_scale": "symile_train_logit_scale",
     "loss_scale": "symile_train_loss_scale",
     "positive_score": "symile_contrastive_positive_score",
@@ -120,6 +118,12 @@ class Recorder:
             self.exporter.observe("symile_train_step_duration_seconds", seconds)
             if skipped_for:
                 self.exporter.increment("symile_train_skipped_steps_total", reason=skipped_for)
+
+    def tell_step(self, loss: float, grad_norm: float) -> None:
+        """Of the last step, taken or not."""
+        if self.exporter:
+            self.exporter.set("symile_train_loss", loss)
+            self.exporter.set("symile_train_grad_norm", grad_norm)
 
     def count_rollback(self) -> None:
         if self.exporter:

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic_core import from_json
 
 from symile_dist.metrics.history import HISTORY_FILE, REPLAYED_KINDS
-from symile_dist.metrics.names import Topic
+from symile_dist.metrics.names import BAD_ENDS, Topic
 from symile_dist.view.series import Table
 
 CHUNK_BYTES = 2**21
@@ -220,7 +220,7 @@ class RunHistory:
             message = message or str(record.get("cause", ""))
         elif kind == "end":
             status = str(record.get("status", "ended"))
-            level = "error" if status in ("failed", "stopped", "refused") else "info"
+            level = "error" if status in BAD_ENDS else "info"
             message = f"{status}: {message}" if message and message != status else status
         self._events += 1
         self.counts[sort] = self.counts.get(sort, 0) + 1

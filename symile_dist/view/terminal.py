@@ -24,7 +24,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from symile_dist.metrics.names import PHASES
+from symile_dist.metrics.names import BAD_ENDS, PHASES
 from symile_dist.metrics.panels import PANELS, TERMINAL
 from symile_dist.metrics.panels import Panel as Shown
 from symile_dist.view import STRAGGLER_RATIO
@@ -49,7 +49,7 @@ _PHASE_STYLES = {
     "eval": "white",
 }
 
-_STATUS_STYLES = {"running": "green", "finished": "bold blue", "failed": "bold red", "refused": "bold red"}
+_STATUS_STYLES = {"running": "green", "finished": "bold blue", **dict.fromkeys(BAD_ENDS, "bold red")}
 _STYLES = {"info": "", "warning": "yellow", "error": "bold red"}
 _COMMON_KEYS = frozenset({"kind", "step", "time", "samples_seen", "loss"})
 
@@ -231,7 +231,7 @@ class TerminalView:
             self._events.append((format_record(record, self.total_steps), "warning"))
         elif kind == "end":
             self._status = _one_line(record.get("status", "")) or self._status
-            level = "error" if self._status in ("failed", "refused") else "info"
+            level = "error" if self._status in BAD_ENDS else "info"
             self._events.append((format_record(record, self.total_steps), level))
         elif kind == "event":
             self._events.append((format_record(record, self.total_steps), str(record.get("level", "info"))))

@@ -47,14 +47,15 @@ def test_a_token_is_asked_for(guarded: HttpServer) -> None:
     assert get(url)[0] == 401
     assert get(url, Authorization="Bearer wrong")[0] == 401
     assert get(url, Authorization="Bearer ")[0] == 401
-    assert get(url, Authorization="Bearer s3cret") == (200, "hello")
+    assert get(url, Authorization="s3cret")[0] == 401
+    assert get(url, Authorization="Bearer s3cret") == get(url, Authorization="bearer s3cret") == (200, "hello")
 
 
 def test_a_browser_gets_a_cookie_for_its_token(guarded: HttpServer) -> None:
     status, cookie = get(f"{guarded.url()}?token=s3cret")
     assert status == 303 and "HttpOnly" in cookie and "SameSite=Strict" in cookie
     assert get(guarded.url(), Cookie=cookie.partition(";")[0]) == (200, "hello")
-    assert get(guarded.url(), Cookie="symile_token=wrong")[0] == 401
+    assert get(guarded.url(), Cookie=f"symile_token_{guarded.port}=wrong")[0] == 401
     assert get(f"{guarded.url()}?token=wrong")[0] == 401
     assert get(f"{guarded.url()}?token=s%ff%00")[0] == 401
 
@@ -112,5 +113,73 @@ def test_junk_is_survived(junk: bytes) -> None:
         with socket.create_connection(("127.0.0.1", server.port or 0)) as peer:
             peer.sendall(junk)
         assert get(server.url()) == (200, "hello")
+    finally:
+        server.close()
+
+
+def raw(port: int | None, request: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", port or 0)) as peer:
+        peer.settimeout(10)
+        peer.sendall(request)
+        answer = b""
+        while part := peer.recv(65536):
+            answer += part
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8790", b"200"),
+        ("127.0.0.1", b"200"),
+        ("[::1]:80", b"200"),
+        ("evil.example:8790", b"421"),
+        ("127.0.0.1.evil.example", b"421"),
+        ("", b"421"),
+    ],
+)
+def test_a_page_from_elsewhere_reads_nothing(host: str, status: bytes) -> None:
+    """Whose name it has pointed at this machine."""
+    server = HttpServer(hello, "127.0.0.1")
+    try:
+        answer = raw(server.port, f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert answer.split(b" ", 2)[1] == status, answer
+    finally:
+        server.close()
+
+
+def test_nothing_of_a_request_stands_in_the_answer(guarded: HttpServer) -> None:
+    answer = raw(guarded.port, b"GET /%0d%0aX-Evil:%201/?token=s3cret HTTP/1.0\r\n\r\n")
+    assert b" 303 " in answer and b"X-Evil" not in answer and b"Location: ./" in answer
+
+
+def test_two_runs_of_a_host_keep_their_cookies() -> None:
+    first, second = (HttpServer(hello, "127.0.0.1", token=token) for token in ("one", "two"))
+    cookies = [get(f"{server.url()}?token={token}")[1] for server, token in ((first, "one"), (second, "two"))]
+    both = "; ".join(cookie.partition(";")[0] for cookie in cookies)
+    try:
+        assert get(first.url(), Cookie=both)[0] == get(second.url(), Cookie=both)[0] == 200
+    finally:
+        first.close()
+        second.close()
+
+
+def test_a_peer_that_drips_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "REQUEST_SECONDS", 0.5)
+    server = HttpServer(hello, "127.0.0.1")
+    try:
+        with socket.create_connection(("127.0.0.1", server.port or 0)) as peer:
+            peer.settimeout(0.1)
+            for _ in range(200):
+                try:
+                    peer.sendall(b"G")
+                    if peer.recv(1) == b"":
+                        break
+                except TimeoutError:
+                    continue
+                except OSError:
+                    break
+            else:
+                pytest.fail("it listens for ever")
     finally:
         server.close()

@@ -14,10 +14,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from symile_dist import monitor as monitor_module
 from symile_dist.config import Config, parse_config
 from symile_dist.health.restarts import Failure
-from symile_dist.metrics.exporter import token_of
+from symile_dist.metrics.discovery import read_targets
+from symile_dist.metrics.exporter import check_address, token_of
 from symile_dist.metrics.history import read_history
 from symile_dist.metrics.ranks import gathered
-from symile_dist.monitor import Monitor
+from symile_dist.monitor import Monitor, settle
 
 CONFIG = """
 run: {name: watched}
@@ -180,3 +181,51 @@ def test_a_token_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"metrics\.token_file"):
         token_of(config(tmp_path, f"metrics.token_file={tmp_path / 'none'}"))
     assert token_of(config(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"seconds": {"init": null}}',
+        '{"seconds": {"init": "long", "lost": -3, "productive": 1e999}}',
+        '{"seconds": {"init": 1}, "restarts": []}',
+        '{"seconds": {"init": 1}, "restarts": {"cosmic_ray": 3, "hang": "x", "other": -1}, "updated": "x"}',
+        '{"seconds": {"init": 1' + "0" * 400 + "}}",
+    ],
+)
+def test_an_account_that_is_damaged_does_not_keep_a_run_from_starting(
+    start: Callable[..., Monitor], tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "goodput.json").write_text(content)
+    assert start().told()["restarts"] == 0
+
+
+def test_what_a_killed_driver_left_of_a_run_that_was_done(tmp_path: Path) -> None:
+    (tmp_path / "goodput.json").write_text('{"seconds": {"productive": 5, "pending": 3}, "ended": false, "updated": 1}')
+    (tmp_path / "targets.json").write_text(json.dumps([{"targets": ["127.0.0.1:1"], "labels": {"run": "x"}}]))
+    settle(tmp_path)
+    assert targets(tmp_path) == []
+    account = json.loads((tmp_path / "goodput.json").read_text())
+    assert account["ended"] and account["seconds"]["productive"] == 8 and account["seconds"]["pending"] == 0
+
+
+def test_endpoints_that_are_none_of_ours(tmp_path: Path) -> None:
+    ours = {"targets": ["127.0.0.1:9400"], "labels": {"run": "x", "rank": "0"}}
+    others: list[Any] = [
+        {
+            "targets": ["127.0.0.1:9400", 7, "evil/path", "host:notaport"],
+            "labels": {**ours["labels"], "__scheme__": "x"},
+        },  # type: ignore[dict-item]
+        {"targets": [7], "labels": {}},
+        {"targets": "127.0.0.1:1", "labels": {}},
+        {"targets": ["[::1]:9400"], "labels": {"rank": 3, "run": None, "__metrics_path__": "/steal", "k k": "v"}},
+        5,
+    ]
+    (tmp_path / "targets.json").write_text(json.dumps([ours, *others]))
+    assert read_targets(tmp_path) == [ours, ours, {"targets": ["[::1]:9400"], "labels": {"rank": "3"}}]
+
+
+def test_an_address_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"metrics\.address: '999.1.1.1' is no address"):
+        check_address(config(tmp_path, "metrics.address=999.1.1.1"))
+    check_address(config(tmp_path, "metrics.address=::1"))

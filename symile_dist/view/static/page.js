@@ -88,7 +88,8 @@ function updateNotices(why) {
   }
   if (told) {
     if (progress.read < 1) add("info", "Reading the history", `${Math.floor(100 * progress.read)}%`);
-    if (["failed", "refused"].includes(told.status)) add("bad", `The run has ${told.status === "failed" ? "failed" : "been refused"}.`, told.message);
+    const ends = { failed: "failed", stopped: "stopped itself", refused: "been refused" };
+    if (ends[told.status]) add("bad", `The run has ${ends[told.status]}.`, told.message);
     else if (["preempted", "interrupted"].includes(told.status)) add("info", `The run was ${told.status}.`, told.message);
     const silent = progress.heard === null ? 0 : run.now - progress.heard;
     if (told.live && silent > Math.max(SILENT_SECONDS, 20 * (progress.step_seconds ?? 0))) {
