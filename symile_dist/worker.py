@@ -62,10 +62,12 @@ def run_worker(settings: dict[str, Any]) -> None:
     except (RunStopped, ValueError) as error:
         # Told by any rank, as it may be the only one to see it; the first to tell is kept.
         logger.error("%s", error, exc_info=not isinstance(error, RunStopped))
+        recorder.tell_end("failed")
         ray.get(board.finish.remote("stopped" if isinstance(error, RunStopped) else "refused", str(error)))
         if not isinstance(error, RunStopped):
             raise  # the others may wait for this rank in a collective: Ray ends them, and a restart returns at once
     except Exception:
+        recorder.tell_end("failed")
         logger.exception("rank %d fails; the driver restarts the group while ray.max_failures allows", rank)
         raise
     else:

@@ -164,6 +164,11 @@ class History:
             each.write(record)
         return record
 
+    def tell_end(self, status: str) -> None:
+        """Tells the loggers how the run, or this group of ranks, has ended; the history has it from the driver."""
+        for each in self._loggers:
+            each.write({"kind": "end", "step": 0, "time": time.time(), "status": status})
+
     def flush(self) -> None:
         """Returns once history.jsonl is on the disk, if it takes it: before a checkpoint commits, say. Loggers flush by
         themselves, every few seconds."""

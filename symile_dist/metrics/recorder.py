@@ -267,6 +267,11 @@ class Recorder:
                 self.exporter.increment("symile_history_write_errors_total", max(0, errors - self._write_errors))
                 self._write_errors = errors
 
+    def tell_end(self, status: str) -> None:
+        """As of `History.tell_end`."""
+        if self.history:
+            self.history.tell_end(status)
+
     def flush(self) -> None:
         if self.history:
             self.history.flush()

@@ -505,3 +505,22 @@ def test_a_logger_that_is_slow_to_start_gets_the_first_records(tmp_path: Path) -
     there.set()
     history.close()
     assert [record["step"] for record in Kept.made[0].records] == [1]
+
+
+def test_loggers_are_told_of_an_end_that_the_history_has_from_the_driver(tmp_path: Path) -> None:
+    taken: list[Mapping[str, Any]] = []
+
+    class Listening:
+        def write(self, record: Mapping[str, Any]) -> None:
+            taken.append(record)
+
+        def flush(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    history = History(tmp_path, tensorboard=False, loggers={"one": lambda step: Listening()})
+    history.write("train", 3, loss=1.0)
+    history.tell_end("failed")
+    history.close()
+    assert [(record["kind"], record.get("status")) for record in taken] == [("train", None), ("end", "failed")]
+    assert [record["kind"] for record in read_history(tmp_path / "history.jsonl")] == ["train"]
