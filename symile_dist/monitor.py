@@ -109,6 +109,7 @@ class Monitor:
             elif kind == "checkpoint":
                 self._goodput.spent("checkpoint", float(record["stall_seconds"]))
                 self._goodput.saved(float(record["seconds"]))
+                self._next_write = 0.0  # should this process be killed, what is saved is not taken for lost
             elif kind == "event" and "back_to" in record:
                 self._goodput.went_back()
             elif kind == "ranks":
