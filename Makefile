@@ -36,7 +36,7 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# Long runs under chaos, about 20 minutes: what it tells is written down in docs/reliability.md.
+# Long runs, under chaos and healthy, about 35 minutes: what it tells is written down in docs/reliability.md.
 soak: setup
 	$(BIN)/python -m pytest -m soak -s
 
