@@ -504,7 +504,7 @@ LOGGER_OPTIONS: dict[str, type[Section]] = {"wandb": WandbConfig, "mlflow": Mlfl
 
 class MetricsConfig(Section):
     address: str = "127.0.0.1"
-    """Address that each rank's Prometheus endpoint listens on."""
+    """Address that each rank's Prometheus endpoint, and the driver's page, listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of the endpoint of a node's first rank, its next ones' follow; 0 lets the system choose."""
     driver_port: Annotated[int, Field(ge=0, le=65535)] = 0

@@ -155,10 +155,10 @@ def run(
     begin = time.monotonic()
     directory = config.run_directory
     restarts = Restarts(config.ray.max_failures, config.ray.max_repeats, config.ray.max_node_failures)
+    monitor = Monitor(config, own_address(), began)
     tell_run(directory, status="running", pid=os.getpid(), failures=[])
     view = TerminalView(config.run.name, config.train.steps, console=console, plain=plain)
     view.start()
-    monitor = Monitor(config, own_address(), began)
     outcome = {"status": "interrupted", "message": "interrupted by a signal"}
     try:
         if monitor.url:

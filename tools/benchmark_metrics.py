@@ -36,7 +36,16 @@ WARM_UP = 5
 SCRAPE_SECONDS = 15.0
 """From one scrape of a rank to the next."""
 MARKS = 10_000
-RECORDER = ("count_step", "count_data", "own_speed", "publish_ranks", "efficiency", "tell_device", "train_record")
+RECORDER = (
+    "count_step",
+    "tell_step",
+    "count_data",
+    "own_speed",
+    "publish_ranks",
+    "efficiency",
+    "tell_device",
+    "train_record",
+)
 
 
 class _Meter:
@@ -143,6 +152,7 @@ def _train(
         trained = train_step(engine, batch, number, recorder)
         wishes = {"stop": False, "save": False}
         train._count(config, engine, state, batch, None, loader, recorder, time.perf_counter() - step_begin, wishes)
+        recorder.tell_step(float(trained.loss), trained.result.grad_norm)
         if number >= WARM_UP and (number - WARM_UP + 1) % log_every == 0:
             train._log(config, engine, state, batch, trained, loader, recorder, vitals)
     return time.perf_counter() - begin

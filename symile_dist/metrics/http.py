@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hmac
+import io
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
 from typing import Any
 from urllib.parse import parse_qs
-from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,6 @@ PATIENCE_SECONDS = 10.0
 """For a peer that sends or takes nothing."""
 REQUEST_SECONDS = 30.0
 """For a whole request and its answer, however busily a peer sends or takes."""
-LONGEST_LINE = 65536
 COOKIE = "symile_token"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _WILDCARDS = ("", "0.0.0.0", "::")
@@ -73,10 +73,12 @@ class _ServerV6(_Server):
     address_family = socket.AF_INET6
 
 
-class _Answers(ServerHandler):
-    def log_exception(self, exc_info: Any) -> None:
-        """Told where nobody is disturbed: a peer that goes away in the midst of an answer is no event of the run's."""
-        logger.debug("an answer failed", exc_info=exc_info)
+class _Quiet(io.TextIOBase):
+    """Where wsgiref tells of an answer that failed: a peer that goes away in the midst is no event of the run's."""
+
+    def write(self, text: str) -> int:
+        logger.debug("%s", text.rstrip())
+        return len(text)
 
 
 class _Handler(WSGIRequestHandler):
@@ -93,21 +95,8 @@ class _Handler(WSGIRequestHandler):
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
 
-    def handle(self) -> None:
-        """As its parent's, with `_Answers`."""
-        self.raw_requestline = self.rfile.readline(LONGEST_LINE + 1)
-        if len(self.raw_requestline) > LONGEST_LINE:
-            self.requestline = self.request_version = self.command = ""
-            self.send_error(414)
-            return
-        if not self.parse_request():
-            return
-        server: Any = self.server
-        reads: Any = self.rfile
-        writes: Any = self.wfile
-        answers = _Answers(reads, writes, self.get_stderr(), self.get_environ(), multithread=False)
-        answers.request_handler = self  # type: ignore[attr-defined]
-        answers.run(server.get_app())
+    def get_stderr(self) -> Any:
+        return _Quiet()
 
     def finish(self) -> None:
         self._deadline.cancel()

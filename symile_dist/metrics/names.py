@@ -34,6 +34,8 @@ RUN_STATES = ("init", "productive", "checkpoint", "eval", "restart", "lost")
 OWN_PHASES = ("data_wait", "h2d", "forward", "loss")
 """In which a rank waits for no other: gather, backward and optimizer hold collectives, whose time is the slowest
 rank's on all of them."""
+STRAGGLER_RATIO = 1.3
+"""From so many times the median rank's own work on, a rank is a straggler."""
 BAD_ENDS = ("failed", "stopped", "refused")
 """What a run's status is when it has ended as nobody wished."""
 RETRIEVAL_DEPTHS = ("1",)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from symile_dist.metrics.names import OWN_PHASES
+from symile_dist.metrics.names import OWN_PHASES, STRAGGLER_RATIO
 
 Dashboard = Literal["training", "performance", "data", "reliability", "contrastive"]
 Shape = Literal["curve", "stat", "stacked"]
@@ -420,7 +420,7 @@ _PANELS: tuple[Panel, ...] = (
             ),
         ),
         curves=(Curve(kind="train", key="slowest.ratio", label="slowest / median"),),
-        thresholds=(Threshold(value=1.3, level="warning"), Threshold(value=2, level="bad")),
+        thresholds=(Threshold(value=STRAGGLER_RATIO, level="warning"), Threshold(value=2, level="bad")),
     ),
     Panel(
         key="collective_wait",

@@ -19,9 +19,8 @@ from symile_dist.checkpoint.attempts import left_behind
 from symile_dist.checkpoint.manifest import CHECKPOINTS, MANIFEST, CheckpointError, checkpoint_folders, parse_manifest
 from symile_dist.masking import masked, masked_data
 from symile_dist.metrics.goodput import GOODPUT_FILE
-from symile_dist.metrics.panels import OWN_PHASES
+from symile_dist.metrics.names import OWN_PHASES, STRAGGLER_RATIO
 from symile_dist.run_directory import CONFIG_FILE, RANKS_FILE, RUN_FILE
-from symile_dist.view import STRAGGLER_RATIO
 from symile_dist.view.following import RunHistory
 
 T = TypeVar("T")

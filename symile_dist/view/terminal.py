@@ -24,10 +24,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from symile_dist.metrics.names import BAD_ENDS, PHASES
+from symile_dist.metrics.names import BAD_ENDS, PHASES, STRAGGLER_RATIO
 from symile_dist.metrics.panels import PANELS, TERMINAL
 from symile_dist.metrics.panels import Panel as Shown
-from symile_dist.view import STRAGGLER_RATIO
 
 RATE_WINDOW = 50
 """Training records whose median gives the ETA: a checkpoint or a slow shard does not move it."""

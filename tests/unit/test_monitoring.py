@@ -22,7 +22,7 @@ from symile_dist.config import Config
 from symile_dist.metrics.discovery import targets, write_targets
 from symile_dist.metrics.exporter import Exporter
 from symile_dist.metrics.names import METRICS
-from symile_dist.metrics.panels import OWN_PHASES, PANELS, TERMINAL
+from symile_dist.metrics.panels import PANELS, TERMINAL
 from symile_dist.tools.monitoring import command
 from symile_dist.tools.monitoring.alerts import alerts, duration, records, rules_text
 from symile_dist.tools.monitoring.documentation import BUILT_IN, metrics_of, metrics_page, seen_in
@@ -129,12 +129,6 @@ def test_aggregations_keep_labels_that_there_are(place: str, expression: str) ->
     for group in re.findall(r"(?:by|on) \((.*?)\)", expression):
         unknown = set(group.split(", ")) - labels - DISCOVERED - {"le", "alertname"}
         assert not unknown, f"{place}: {unknown} are no labels of {metrics_of(expression)}"
-
-
-def test_own_work_is_what_the_ranks_call_so() -> None:
-    from symile_dist.metrics import ranks
-
-    assert OWN_PHASES == ranks.OWN_PHASES
 
 
 # Dashboards

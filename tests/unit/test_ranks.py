@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from symile_dist.metrics.names import PHASES
-from symile_dist.metrics.ranks import OWN_PHASES, gathered, slowest, summary
+from symile_dist.metrics.names import OWN_PHASES, PHASES
+from symile_dist.metrics.ranks import gathered, slowest, summary
 
 
 def phases(**seconds: float) -> dict[str, float]:

@@ -25,17 +25,7 @@ from symile_dist.tools.view_command import view
 from symile_dist.view.terminal import TREND_POINTS, TerminalView, _Trend
 from symile_dist.view.watch import summary, watch
 from tests import made_run
-
-
-def recorded(width: int = 120) -> Console:
-    return Console(
-        record=True,
-        width=width,
-        force_terminal=True,
-        color_system="256",
-        file=io.StringIO(),
-        _environ={"TERM": "xterm-256color"},
-    )
+from tests.unit.test_terminal_view import recorded
 
 
 def lines_of(directory: Path, steps: list[Any]) -> list[str]:

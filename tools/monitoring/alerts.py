@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from symile_dist.metrics.panels import OWN_PHASES
+from symile_dist.metrics.names import OWN_PHASES, STRAGGLER_RATIO
 
 GROUP = "symile-dist"
 RUNBOOK = "docs/runbook.md"
@@ -196,7 +196,7 @@ def alerts(time_scale: float = 1.0) -> list[Alert]:
             # Own work that makes others wait for a tenth of the time, or one rank that hardly waits while others do.
             expression=(
                 f"((max {_BY} ({own}) - quantile {_BY} (0.5, {own}) > 0.1)"
-                f" and (max {_BY} ({own}) > 1.3 * quantile {_BY} (0.5, {own}))"
+                f" and (max {_BY} ({own}) > {STRAGGLER_RATIO} * quantile {_BY} (0.5, {own}))"
                 f" or (quantile {_BY} (0.5, {wait}) - min {_BY} ({wait}) > 0.1)"
                 f" and (min {_BY} ({wait}) < 0.5 * quantile {_BY} (0.5, {wait}))) and {_JOIN} {_ALIVE}"
             ),
