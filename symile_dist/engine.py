@@ -112,11 +112,16 @@ def _new_groups_with_timeout(timeout: timedelta) -> Iterator[None]:
         dist.new_group = original
 
 
-def _muon() -> Iterator[types.ModuleType]:
-    """What stands in for DeepSpeed's modules of the Muon optimizer: an optimizer that none is."""
-    for name, value in (("muon_optimizer", type("MuonWithAuxAdam", (), {})), ("original_muon", None)):
-        module = types.ModuleType(f"deepspeed.runtime.zero.muon.{name}")
-        vars(module)["MuonWithAuxAdam" if value else "muon_update"] = value
+def _unused_modules() -> Iterator[types.ModuleType]:
+    """What stands in for modules of DeepSpeed that are imported at every start, never used here, and import much: the
+    autotuner all of MLflow where that is installed (1.6 s), the Muon optimizer torch's compiler (2 s)."""
+    for name, attribute, value in (
+        ("autotuning.autotuner", "Autotuner", None),
+        ("runtime.zero.muon.muon_optimizer", "MuonWithAuxAdam", type("MuonWithAuxAdam", (), {})),  # no optimizer is one
+        ("runtime.zero.muon.original_muon", "muon_update", None),
+    ):
+        module = types.ModuleType(f"deepspeed.{name}")
+        vars(module)[attribute] = value
         yield module
 
 
@@ -124,12 +129,11 @@ def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, told which accelerator it has: it reads that when it is first imported."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for module in _unused_modules():
+        sys.modules.setdefault(module.__name__, module)
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # Muon is never used here, but imported in every step, and with it torch's compiler: two seconds of every start.
-    for module in _muon():
-        sys.modules.setdefault(module.__name__, module)
     if device.type == "cpu":
         # An optional shared-memory all-reduce whose compilation takes half a minute at the first start; killed in the
         # midst of it, a worker leaves a lock on which every later one waits for ever. Not by `import ... as`, which
