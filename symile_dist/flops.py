@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-
 import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,9 +43,7 @@ def flops_per_sample(engine: Engine, batch: Batch) -> tuple[float, str]:
     rows = batch.rows(slice(0, ROWS))
     devices = [engine.device] if engine.device.type == "cuda" else []
     counter = FlopCounterMode(display=False)
-    # The compiler is not imported for this alone, which takes two seconds.
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-    with torch.no_grad(), torch.random.fork_rng(devices=devices), eager:
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
         engine.train(False)
         try:
             with counter:

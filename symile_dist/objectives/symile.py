@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from symile_dist.distributed import Group, all_gather, world_size
-from symile_dist.objectives import cube_triton
 from symile_dist.objectives.clip import sum_over_pairs
 from symile_dist.objectives.contrast import Negatives, as_scale, contrastive_losses, counted, make_cube, scale_problem
 from symile_dist.objectives.cube import MAX_NEGATIVES, draw_sheets, sheets_problem
@@ -166,6 +165,8 @@ class SymileLoss:
             return Permuted(batch.offset, batch.valid, permutations)
         cube = make_cube(batch, representations, scale)
         if self.backend == "triton":
+            from symile_dist.objectives import cube_triton  # imports Triton, which no other backend needs
+
             return cube_triton.TritonCube(cube.offset, cube.valid, cube.bounded)
         if self.negative_sampling == "sheets":
             assert step is not None and self.sheets is not None
@@ -194,7 +195,11 @@ class SymileLoss:
             return f"present is on {present.device}, the representations are on {representations[0].device}"
         if number >= 2 and n and (problem := self.size_problem(n * world_size(self.group), number)):
             return problem
-        return cube_triton.why_not(representations[0]) if self.backend == "triton" else None
+        if self.backend != "triton":
+            return None
+        from symile_dist.objectives import cube_triton
+
+        return cube_triton.why_not(representations[0])
 
     def size_problem(self, size: int, number: int) -> str | None:
         """Why the strategy cannot work with a global batch of `size` and `number` modalities, or None."""

@@ -154,3 +154,23 @@ def _compiles_nothing() -> bool:
 
 def test_no_start_compiles_what_a_kill_could_leave_locked() -> None:
     assert run_distributed(_compiles_nothing, 1) == [True]
+
+
+def _imported_by_a_step() -> set[str]:
+    import sys
+
+    from symile_dist.engine import Engine
+    from symile_dist.flops import flops_per_sample
+
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    engine = Engine(_config("fp32", 1, 1), torch.device("cpu"))
+    batch = _batch(0, 0, 1, False)
+    engine.backward(engine.forward(batch, 0).loss)
+    assert engine.step(0).applied
+    assert flops_per_sample(engine, batch)[0] > 0
+    return {"mlflow", "pandas", "scipy", "transformers"} & set(sys.modules)
+
+
+def test_a_step_imports_nothing_large_that_it_does_not_need() -> None:
+    """Seconds of every start and restart, of every rank."""
+    assert run_distributed(_imported_by_a_step, 1) == [set()]
