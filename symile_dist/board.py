@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from symile_dist.config import Config
-from symile_dist.monitor import Monitor
-from symile_dist.view.terminal import TerminalView
+if TYPE_CHECKING:  # the actor's process imports this file at every start: nothing large
+    from symile_dist.config import Config
+    from symile_dist.monitor import Monitor
+    from symile_dist.view.terminal import TerminalView
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,6 @@ from symile_dist.health.stop import StopRequest
 from symile_dist.health.watchdog import start_watchdog
 from symile_dist.metrics.exporter import Exporter, token_of
 from symile_dist.metrics.recorder import Recorder
-from symile_dist.rank import train_rank
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +35,8 @@ def run_worker(settings: dict[str, Any]) -> None:
     A mistake of the user or a run that cannot go on is told to the driver, and no restart goes on from it; anything
     else raises, and the driver restarts the group.
     """
+    from symile_dist.rank import train_rank  # Ray's controller imports this file before any rank, and needs none of it
+
     take_secrets()
     config = Config.model_validate(settings["config"])
     board, attempt = settings["board"], Attempt(**settings["attempt"])
