@@ -122,7 +122,7 @@ psutil.wait_procs(found)
 WAIT_FOR_RANKS = """\
 import time
 import psutil
-title = "ray::RayTrainWorker"
+title = "ray::TrainingRank"
 while any((p.info["cmdline"] or [""])[0].startswith(title) for p in psutil.process_iter(["cmdline"])):
     time.sleep(1)
 """

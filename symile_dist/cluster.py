@@ -23,9 +23,6 @@ ANSWER_SECONDS = 10.0
 """A node that runs no task within so long counts as lost."""
 POLL_SECONDS = 0.5
 RAY_ENVIRONMENT = {
-    # Lost workers are seen, and the group restarted, in a second rather than in ten.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
 }

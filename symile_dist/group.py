@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 from symile_dist.board import Board, Watcher
@@ -17,11 +18,15 @@ from symile_dist.failpoints import VARIABLE as FAILPOINTS
 from symile_dist.health.attempt import Attempt
 from symile_dist.health.beat import signs_of_life
 from symile_dist.health.restarts import Failure
-from symile_dist.health.watchdog import flight_recorder, hang_of
+from symile_dist.health.watchdog import hang_of
 from symile_dist.monitor import Monitor
 from symile_dist.run_directory import tell_run
-from symile_dist.signals import handlers_kept
 from symile_dist.view.terminal import TerminalView
+
+PLACEMENT_SECONDS = 60.0
+"""The cluster was seen to have room for the ranks: so long may it take to reserve it."""
+POLL_SECONDS = 0.5
+SETTLE_SECONDS = 1.0
 
 
 class Ended(NamedTuple):
@@ -49,16 +54,10 @@ def run_group(
     Raises KeyboardInterrupt for signals.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from symile_dist.worker import run_worker
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-    use_gpu = config.ray.gpus_per_worker > 0
-    resources = {"CPU": config.ray.cpus_per_worker} | ({"GPU": config.ray.gpus_per_worker} if use_gpu else {})
     settings = {
         "config": config.model_dump(mode="json"),
         "board": board,
@@ -66,55 +65,86 @@ def run_group(
         "began": time.time(),
         "failpoints": os.environ.get(FAILPOINTS),
     }
-    trainer = TorchTrainer(
-        run_worker,
-        train_loop_config=settings,
-        torch_config=TorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=int(config.ray.collective_timeout_seconds)
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=config.world_size,
-            use_gpu=use_gpu,
-            resources_per_worker=resources,
-            label_selector={"ray.io/node-id": f"!in({','.join(sorted(left_out))})"} if left_out else None,
-        ),
-        run_config=RunConfig(
-            # A name of its own each time: Ray would otherwise resume by its own books, and ours are the manifests.
-            name=f"{config.run.name}-{time.time_ns()}",
-            storage_path=str(config.run_directory / "ray"),
-            # Restarts are the driver's: it knows the run's checkpoints, and what the cluster still holds.
-            failure_config=FailureConfig(max_failures=0),
-            worker_runtime_env={"env_vars": flight_recorder(config.run_directory, attempt.fence)} if use_gpu else None,
-        ),
-    )
     tell_run(config.run_directory, status="running", world_size=config.world_size)
     monitor.begun(config)
-    error: Exception | None = None
+    failures: dict[int | None, Exception] = {}
     watcher = Watcher(board, view, monitor, config, wish)
     try:
-        with watcher, handlers_kept():
-            try:
-                trainer.fit()
-            except SystemExit:  # Ray Train's answer to SIGINT
-                raise KeyboardInterrupt from None
-            except Exception as raised:
-                error = raised
+        with watcher, _actors(config, left_out) as actors:
+            failures = _train(actors, settings, config.ray.collective_timeout_seconds)
+    except ray.exceptions.RayError as error:  # before the ranks began, or the cluster itself
+        failures = {None: error}
     finally:
         with contextlib.suppress(Exception):  # a cluster that is gone has no board
             ray.kill(board)
     if watcher.outcome is not None:
         return Ended(watcher.outcome, None)
-    return Ended(None, _failure(config, attempt.fence, error, watcher.ranks))
+    return Ended(None, _failure(config, attempt.fence, failures, watcher.ranks))
 
 
-def _failure(config: Config, fence: int, error: Exception | None, ranks: dict[int, dict[str, Any]]) -> Failure:
+@contextlib.contextmanager
+def _actors(config: Config, left_out: Collection[str]) -> Iterator[list[Any]]:
+    """The ranks' processes, on as few nodes as hold them; none is left at the end."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    from symile_dist.worker import TrainingRank
+
+    cpus, gpus, number = config.ray.cpus_per_worker, config.ray.gpus_per_worker, config.world_size
+    elsewhere = [{"ray.io/node-id": f"!in({','.join(sorted(left_out))})"}] * number if left_out else None
+    bundle = {"CPU": cpus} | ({"GPU": float(gpus)} if gpus else {})
+    group = placement_group([bundle] * number, strategy="PACK", bundle_label_selector=elsewhere)
+    actors: list[Any] = []
+    try:
+        ray.get(group.ready(), timeout=PLACEMENT_SECONDS)
+        for index in range(number):
+            place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+            options = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": place}
+            actors.append(ray.remote(**options)(TrainingRank).remote())
+        yield actors
+    finally:
+        with contextlib.suppress(Exception):  # of a cluster that is gone nothing is left
+            for actor in actors:
+                ray.kill(actor)
+            remove_placement_group(group)
+
+
+def _train(actors: list[Any], settings: dict[str, Any], start_seconds: float) -> dict[int | None, Exception]:
+    """Waits until all ranks have ended, or one has failed. Returns rank -> failure, of all that failed with it."""
+    import ray
+
+    from symile_dist.worker import positions
+
+    places = ray.get([actor.place.remote() for actor in actors], timeout=start_seconds)
+    placed = sorted(zip(positions(places), actors, strict=True))
+    meeting = ray.get(placed[0][1].rendezvous.remote(len(actors)))
+    running = {actor.train.remote(settings, position, meeting): position.rank for position, actor in placed}
+    failures: dict[int | None, Exception] = {}
+    until = math.inf
+    while running and time.monotonic() < until:
+        # The timeout lets signals through.
+        ended, _ = ray.wait(list(running), num_returns=len(running) if failures else 1, timeout=POLL_SECONDS)
+        for task in ended:
+            rank = running.pop(task)
+            try:
+                ray.get(task)
+            except Exception as error:
+                failures[rank] = error
+                # The others notice a lost rank, too, and some sooner than Ray: all have a moment to tell.
+                until = min(until, time.monotonic() + SETTLE_SECONDS)
+    return failures
+
+
+def _failure(
+    config: Config, fence: int, failures: dict[int | None, Exception], ranks: dict[int, dict[str, Any]]
+) -> Failure:
     """Whose failure it was, and of what kind: of the rank that died where one did, else of the one that raised."""
     import ray
-    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-    failures: dict[int, Exception] = getattr(error, "worker_failures", None) or {}
-    died = {rank: each for rank, each in failures.items() if isinstance(each, WorkerHealthCheckFailedError)}
-    rank, cause_of = next(iter(sorted((died or failures).items())), (None, error))
+    died = {rank: each for rank, each in failures.items() if isinstance(each, ray.exceptions.RayActorError)}
+    # Ranks that end in order without an outcome have lost the board.
+    rank, cause_of = next(iter((died or failures).items()), (None, None))
     # Of a lost node it is often the others that tell first, of a connection that broke.
     lost = _lost(ranks)
     rank = min(lost) if lost and rank not in lost else rank

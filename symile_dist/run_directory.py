@@ -4,8 +4,7 @@ config.yaml       the resolved config        run.json          status and lineag
 checkpoints/      see checkpoint/manifest    ranks.json        pid, host and metrics address of every rank
 history.jsonl     see metrics/history        tensorboard/      the same for TensorBoard
 logs/             one file per rank          evaluation/       results of `symile-dist evaluate`
-health/           signs of life of all ranks ray/              Ray Train's own records
-jobs/             one folder per submission, see launch/
+health/           signs of life of all ranks jobs/             one folder per submission, see launch/
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ import os
 import signal
 import socket
 import time
-from typing import Any
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
 
-import ray.train
-import ray.train.torch
+import ray
 import torch
+import torch.distributed as dist
 
 from symile_dist.cluster import own_address
 from symile_dist.config import Config
@@ -22,60 +24,134 @@ from symile_dist.failpoints import VARIABLE as FAILPOINTS
 from symile_dist.health.attempt import Attempt
 from symile_dist.health.beat import Beat, place_of
 from symile_dist.health.stop import StopRequest
-from symile_dist.health.watchdog import start_watchdog
+from symile_dist.health.watchdog import flight_recorder, start_watchdog
 from symile_dist.metrics.exporter import Exporter, token_of
 from symile_dist.metrics.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
 
-def run_worker(settings: dict[str, Any]) -> None:
-    """Entry point of a rank. `settings`: the config as plain data, the driver's board, what an `Attempt` is made of.
+class Place(NamedTuple):
+    """Where an actor stands: its node, and its GPU there, as Ray names it."""
 
-    A mistake of the user or a run that cannot go on is told to the driver, and no restart goes on from it; anything
-    else raises, and the driver restarts the group.
-    """
-    from symile_dist.rank import train_rank  # Ray's controller imports this file before any rank, and needs none of it
+    node: str
+    gpu: str | None
 
-    take_secrets()
-    config = Config.model_validate(settings["config"])
-    board, attempt = settings["board"], Attempt(**settings["attempt"])
-    # By the clocks of two machines, perhaps: a figure for people, on which nothing depends.
-    attempt.phases["workers"] = max(0.0, time.time() - settings["began"])
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    _set_up_process(config, rank, settings["failpoints"])
-    place = place_of(ray.get_runtime_context().get_node_id())
-    beat = Beat(config.run_directory, rank, attempt.fence, place)
-    if context.get_local_rank() == 0 and config.ray.hang_seconds:
-        start_watchdog(config.run_directory, attempt.fence, place, config.ray.hang_seconds)
-    device = _device()  # before anything asks CUDA for its current one
-    recorder = _make_recorder(config, rank, board, device)
-    stop = StopRequest()
-    if rank == 0:
-        stop.poll(lambda: ray.get(board.stop_asked.remote()))
-    try:
-        state = train_rank(config, rank, device, recorder, attempt, stop, beat)
-    except RunPreempted as error:
+
+class Position(NamedTuple):
+    """Of a rank among all ranks."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node_rank: int
+    gpus: tuple[str, ...]
+    """Of all ranks of its node, by local rank: they reach each other's memory only where they see all devices."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables of torchrun, for DeepSpeed and for the user's own code."""
+        names = ("rank", "world_size", "local_rank", "local_world_size", "node_rank")
+        found = {name.upper(): str(getattr(self, name)) for name in names}
+        return found | ({"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {})
+
+
+def positions(places: Sequence[Place]) -> list[Position]:
+    """Of each actor, in the order given: a node's ranks follow each other, in the order of their GPUs."""
+    nodes: dict[str, list[int]] = {}
+    for index, place in enumerate(places):
+        nodes.setdefault(place.node, []).append(index)
+    found: dict[int, Position] = {}
+    for node_rank, members in enumerate(nodes.values()):
+        members.sort(key=lambda index: (len(places[index].gpu or ""), places[index].gpu or ""))
+        gpus = tuple(gpu for index in members if (gpu := places[index].gpu) is not None)
+        for local_rank, index in enumerate(members):
+            found[index] = Position(len(found), len(places), local_rank, len(members), node_rank, gpus)
+    return [found[index] for index in range(len(places))]
+
+
+class TrainingRank:
+    """The actor of a rank: a process of its own, which trains in its main thread."""
+
+    def place(self) -> Place:
+        context = ray.get_runtime_context()
+        gpus = context.get_accelerator_ids().get("GPU")
+        return Place(context.get_node_id(), str(gpus[0]) if gpus else None)
+
+    def rendezvous(self, world_size: int) -> tuple[str, int]:
+        """Address and port at which the ranks meet, with the one that is asked."""
+        address = ray.util.get_node_ip_address()
+        self.store = dist.TCPStore(address, 0, world_size, is_master=True, wait_for_workers=False)
+        return address, self.store.port
+
+    def train(self, settings: dict[str, Any], position: Position, meeting: tuple[str, int]) -> None:
+        """
+        Args:
+            settings: the config as plain data, the driver's board, what an `Attempt` is made of.
+
+        A mistake of the user or a run that cannot go on is told to the driver, and no restart goes on from it; anything
+        else raises, and the driver restarts the group.
+        """
+        from symile_dist.rank import (
+            train_rank,
+        )  # not at the top: the driver imports this file too, and needs none of it
+
+        take_secrets()
+        config = Config.model_validate(settings["config"])
+        board, attempt, rank = settings["board"], Attempt(**settings["attempt"]), position.rank
+        os.environ.update(position.environment)
+        device = _device(position)
+        if device.type == "cuda":
+            os.environ.update(flight_recorder(config.run_directory, attempt.fence))
+        _set_up_process(config, rank, settings["failpoints"])
+        _join(config, device, position, meeting)
+        # By the clocks of two machines, perhaps: a figure for people, on which nothing depends.
+        attempt.phases["workers"] = max(0.0, time.time() - settings["began"])
+        place = place_of(ray.get_runtime_context().get_node_id())
+        beat = Beat(config.run_directory, rank, attempt.fence, place)
+        if position.local_rank == 0 and config.ray.hang_seconds:
+            start_watchdog(config.run_directory, attempt.fence, place, config.ray.hang_seconds)
+        recorder = _make_recorder(config, position, board, device)
+        stop = StopRequest()
         if rank == 0:
-            assert stop.reason is not None
-            ray.get(board.finish.remote(stop.reason, str(error)))
-    except (RunStopped, ValueError) as error:
-        # Told by any rank, as it may be the only one to see it; the first to tell is kept.
-        logger.error("%s", error, exc_info=not isinstance(error, RunStopped))
-        recorder.tell_end("failed")
-        ray.get(board.finish.remote("stopped" if isinstance(error, RunStopped) else "refused", str(error)))
-        if not isinstance(error, RunStopped):
-            raise  # the others may wait for this rank in a collective: Ray ends them, and a restart returns at once
-    except Exception:
-        recorder.tell_end("failed")
-        logger.exception("rank %d fails; the driver restarts the group while ray.max_failures allows", rank)
-        raise
-    else:
-        if rank == 0:
-            ray.get(board.finish.remote("finished", "", **state.summary()))
-    finally:
-        recorder.close()
+            stop.poll(lambda: ray.get(board.stop_asked.remote()))
+        try:
+            state = train_rank(config, rank, device, recorder, attempt, stop, beat)
+        except RunPreempted as error:
+            if rank == 0:
+                assert stop.reason is not None
+                ray.get(board.finish.remote(stop.reason, str(error)))
+        except (RunStopped, ValueError) as error:
+            # Told by any rank, as it may be the only one to see it; the first to tell is kept.
+            logger.error("%s", error, exc_info=not isinstance(error, RunStopped))
+            recorder.tell_end("failed")
+            ray.get(board.finish.remote("stopped" if isinstance(error, RunStopped) else "refused", str(error)))
+            if not isinstance(error, RunStopped):
+                raise  # the others may wait for this rank in a collective: the driver ends them
+        except Exception:
+            recorder.tell_end("failed")
+            logger.exception("rank %d fails; the driver restarts the group while ray.max_failures allows", rank)
+            raise
+        else:
+            if rank == 0:
+                ray.get(board.finish.remote("finished", "", **state.summary()))
+        finally:
+            recorder.close()
+
+
+def _join(config: Config, device: torch.device, position: Position, meeting: tuple[str, int]) -> None:
+    """The process group of all ranks; DeepSpeed takes it over."""
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = meeting[0], str(meeting[1])
+    timeout = timedelta(seconds=config.ray.collective_timeout_seconds)
+    store = dist.TCPStore(*meeting, position.world_size, is_master=False, timeout=timeout)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=position.rank,
+        world_size=position.world_size,
+        timeout=timeout,
+    )
 
 
 def _set_up_process(config: Config, rank: int, failpoints: str | None) -> None:
@@ -97,8 +173,8 @@ def _set_up_process(config: Config, rank: int, failpoints: str | None) -> None:
     logger.info("rank %d starts, pid %d on %s", rank, os.getpid(), socket.gethostname())
 
 
-def _make_recorder(config: Config, rank: int, board: Any, device: torch.device) -> Recorder:
-    metrics, local_rank = config.metrics, ray.train.get_context().get_local_rank()
+def _make_recorder(config: Config, position: Position, board: Any, device: torch.device) -> Recorder:
+    metrics, local_rank = config.metrics, position.local_rank
     port = metrics.port + local_rank if metrics.port else 0
     exporter = None
     if metrics.enabled:
@@ -111,7 +187,7 @@ def _make_recorder(config: Config, rank: int, board: Any, device: torch.device) 
         )
     board.join.remote(
         {
-            "rank": rank,
+            "rank": position.rank,
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "node": ray.get_runtime_context().get_node_id(),
@@ -122,9 +198,9 @@ def _make_recorder(config: Config, rank: int, board: Any, device: torch.device) 
     return Recorder(exporter, publish=board.post.remote, tells_node=local_rank == 0, on_gpu=on_gpu)
 
 
-def _device() -> torch.device:
-    device = ray.train.torch.get_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # collectives of plain objects use the current device
-        os.environ["LOCAL_RANK"] = str(device.index)  # where DeepSpeed looks for it
+def _device(position: Position) -> torch.device:
+    if not position.gpus:
+        return torch.device("cpu")
+    device = torch.device("cuda", position.local_rank)
+    torch.cuda.set_device(device)  # collectives of plain objects use the current device
     return device

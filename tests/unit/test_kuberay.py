@@ -729,7 +729,7 @@ def test_before_the_head_ends_the_driver_saves(tmp_path: Path, only: Callable[[i
 
 
 def test_a_worker_waits_for_its_ranks(only: Callable[[int], None]) -> None:
-    rank = subprocess.Popen(["ray::RayTrainWorker.work", "60"], executable="/bin/sleep")
+    rank = subprocess.Popen(["ray::TrainingRank.train", "60"], executable="/bin/sleep")
     only(rank.pid)
     waiting = threading.Thread(target=exec, args=(kuberay.WAIT_FOR_RANKS, {}), daemon=True)
     waiting.start()
