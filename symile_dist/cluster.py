@@ -126,7 +126,14 @@ def join_ray(need_cpus: float) -> list[Node]:
             cpus = max(os.cpu_count() or 1, math.ceil(need_cpus) + 1)
             with handlers_kept(), sigterm_blocked():
                 ray.init(address="local", _node_ip_address="127.0.0.1", num_cpus=cpus, include_dashboard=False, **quiet)
+            _end_at_once(ray._private.worker._global_node)
     return living_nodes()
+
+
+def _end_at_once(node: Any) -> None:
+    """Of a local Ray's processes, which are deaf to SIGTERM, Ray would wait a second for each before it kills it."""
+    kill = node.kill_all_processes
+    node.kill_all_processes = lambda **options: kill(**options | {"allow_graceful": False})
 
 
 def _check_cluster_answers(address: str) -> None:
