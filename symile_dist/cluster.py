@@ -23,6 +23,8 @@ ANSWER_SECONDS = 10.0
 """A node that runs no task within so long counts as lost."""
 POLL_SECONDS = 0.5
 RAY_ENVIRONMENT = {
+    # A group is killed after its first failure: those of the others are not news.
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
 }

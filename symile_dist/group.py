@@ -72,7 +72,7 @@ def run_group(
     try:
         with watcher, _actors(config, left_out) as actors:
             failures = _train(actors, settings, config.ray.collective_timeout_seconds)
-    except ray.exceptions.RayError as error:  # before the ranks began, or the cluster itself
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError) as error:  # no ranks yet, or no cluster any more
         failures = {None: error}
     finally:
         with contextlib.suppress(Exception):  # a cluster that is gone has no board
@@ -97,7 +97,10 @@ def _actors(config: Config, left_out: Collection[str]) -> Iterator[list[Any]]:
     group = placement_group([bundle] * number, strategy="PACK", bundle_label_selector=elsewhere)
     actors: list[Any] = []
     try:
-        ray.get(group.ready(), timeout=PLACEMENT_SECONDS)
+        until = time.monotonic() + PLACEMENT_SECONDS
+        while not group.wait(1):  # second by second, for a signal is heard in between
+            if time.monotonic() > until:
+                raise RuntimeError(f"RuntimeError: no room for {number} x {bundle} within {PLACEMENT_SECONDS:.0f} s")
         for index in range(number):
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
             options = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": place}
@@ -143,8 +146,7 @@ def _failure(
     import ray
 
     died = {rank: each for rank, each in failures.items() if isinstance(each, ray.exceptions.RayActorError)}
-    # Ranks that end in order without an outcome have lost the board.
-    rank, cause_of = next(iter((died or failures).items()), (None, None))
+    rank, cause_of = next(iter((died or failures).items()), (None, RuntimeError("they ended without a word")))
     # Of a lost node it is often the others that tell first, of a connection that broke.
     lost = _lost(ranks)
     rank = min(lost) if lost and rank not in lost else rank
