@@ -142,7 +142,9 @@ class HttpServer:
             try:
                 kind = _ServerV6 if ":" in address else _Server
                 self._server = make_server(address, candidate, guarded, kind, _Handler)
-                self._thread = threading.Thread(target=self._server.serve_forever, daemon=True, name="metrics")
+                # So long, in seconds, does `close` wait.
+                serve = functools.partial(self._server.serve_forever, poll_interval=0.1)
+                self._thread = threading.Thread(target=serve, daemon=True, name="metrics")
                 self._thread.start()
             except Exception as error:
                 # Whatever it is (taken, not permitted, no such address, no thread left), training matters more.
