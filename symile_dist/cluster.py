@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import psutil
+
 from symile_dist.config import Config
 from symile_dist.data.order import largest_world_size
 from symile_dist.environment import expected_nodes
@@ -135,7 +137,17 @@ def join_ray(need_cpus: float) -> list[Node]:
 def _end_at_once(node: Any) -> None:
     """Of a local Ray's processes, which are deaf to SIGTERM, Ray would wait a second for each before it kills it."""
     kill = node.kill_all_processes
-    node.kill_all_processes = lambda **options: kill(**options | {"allow_graceful": False})
+
+    def kill_all(**options: bool) -> None:
+        raylets = [each for each in psutil.Process().children() if each.name() == "raylet"]
+        # Its agents would otherwise look for the rest of Ray for minutes, and hold on to this process's output.
+        left = [child for raylet in raylets for child in raylet.children()]
+        kill(**options | {"allow_graceful": False})
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    node.kill_all_processes = kill_all
 
 
 def _check_cluster_answers(address: str) -> None:

@@ -20,6 +20,7 @@ from symile_dist.health.beat import signs_of_life
 from symile_dist.health.restarts import Failure
 from symile_dist.health.watchdog import hang_of
 from symile_dist.monitor import Monitor
+from symile_dist.positions import positions
 from symile_dist.run_directory import tell_run
 from symile_dist.view.terminal import TerminalView
 
@@ -116,8 +117,6 @@ def _actors(config: Config, left_out: Collection[str]) -> Iterator[list[Any]]:
 def _train(actors: list[Any], settings: dict[str, Any], start_seconds: float) -> dict[int | None, Exception]:
     """Waits until all ranks have ended, or one has failed. Returns rank -> failure, of all that failed with it."""
     import ray
-
-    from symile_dist.worker import positions
 
     places = ray.get([actor.place.remote() for actor in actors], timeout=start_seconds)
     placed = sorted(zip(positions(places), actors, strict=True))

@@ -97,6 +97,8 @@ class Up:
             env=environment,
             stdout=subprocess.PIPE,
             text=True,
+            # In the background of a shell SIGINT is ignored, and that is inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert self.process.stdout
         line = self.process.stdout.readline()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 # stands for all of its modules, which may import each other. Names on one line do not.
 LAYERS: list[set[str]] = [
     {"errors", "registry", "seeding", "configs", "environment", "failpoints", "signals", "spans", "devices"},
-    {"config", "types", "similarity"},
+    {"config", "types", "similarity", "positions"},
     {"distributed", "storage", "hub"},
     {"masking"},
     {"metrics"},

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from symile_dist.worker import Place, positions
+from symile_dist.positions import Place, positions
 
 
 def test_ranks_of_a_node_follow_each_other_in_the_order_of_their_gpus() -> None:
