@@ -12,8 +12,6 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import psutil
-
 from symile_dist.config import Config
 from symile_dist.data.order import largest_world_size
 from symile_dist.environment import expected_nodes
@@ -130,24 +128,7 @@ def join_ray(need_cpus: float) -> list[Node]:
             cpus = max(os.cpu_count() or 1, math.ceil(need_cpus) + 1)
             with handlers_kept(), sigterm_blocked():
                 ray.init(address="local", _node_ip_address="127.0.0.1", num_cpus=cpus, include_dashboard=False, **quiet)
-            _end_at_once(ray._private.worker._global_node)
     return living_nodes()
-
-
-def _end_at_once(node: Any) -> None:
-    """Of a local Ray's processes, which are deaf to SIGTERM, Ray would wait a second for each before it kills it."""
-    kill = node.kill_all_processes
-
-    def kill_all(**options: bool) -> None:
-        raylets = [each for each in psutil.Process().children() if each.name() == "raylet"]
-        # Its agents would otherwise look for the rest of Ray for minutes, and hold on to this process's output.
-        left = [child for raylet in raylets for child in raylet.children()]
-        kill(**options | {"allow_graceful": False})
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-
-    node.kill_all_processes = kill_all
 
 
 def _check_cluster_answers(address: str) -> None:
