@@ -28,6 +28,7 @@ PLACEMENT_SECONDS = 60.0
 """The cluster was seen to have room for the ranks: so long may it take to reserve it."""
 POLL_SECONDS = 0.5
 SETTLE_SECONDS = 1.0
+"""So long have the other ranks, after the first failure, to tell of theirs."""
 
 
 class Ended(NamedTuple):
@@ -120,7 +121,7 @@ def _train(actors: list[Any], settings: dict[str, Any], start_seconds: float) ->
 
     places = ray.get([actor.place.remote() for actor in actors], timeout=start_seconds)
     placed = sorted(zip(positions(places), actors, strict=True))
-    meeting = ray.get(placed[0][1].rendezvous.remote(len(actors)))
+    meeting = ray.get(placed[0][1].rendezvous.remote(len(actors)), timeout=start_seconds)
     running = {actor.train.remote(settings, position, meeting): position.rank for position, actor in placed}
     failures: dict[int | None, Exception] = {}
     until = math.inf

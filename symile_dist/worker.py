@@ -46,16 +46,16 @@ class TrainingRank:
         return address, self.store.port
 
     def train(self, settings: dict[str, Any], position: Position, meeting: tuple[str, int]) -> None:
-        """
+        """Trains to the end.
+
         Args:
             settings: the config as plain data, the driver's board, what an `Attempt` is made of.
 
         A mistake of the user or a run that cannot go on is told to the driver, and no restart goes on from it; anything
         else raises, and the driver restarts the group.
         """
-        from symile_dist.rank import (
-            train_rank,
-        )  # not at the top: the driver imports this file too, and needs none of it
+        # Not at the top: the driver imports this file too, and needs none of it.
+        from symile_dist.rank import train_rank
 
         take_secrets()
         config = Config.model_validate(settings["config"])
