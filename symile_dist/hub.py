@@ -1,5 +1,5 @@
-"""Hugging Face's hub: one file of it, and what is told when it, or what should stand in its place, cannot be had; and
-whether trained weights are to be read at all."""
+"""Hugging Face's hub: one file of it, and what is told when it, or what should stand in its place, cannot be had;
+whether trained weights are to be read at all; and the import of the library that builds its models."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 _weights_follow = ContextVar("weights_follow", default=False)
 
@@ -25,6 +27,19 @@ def weights_follow() -> Iterator[None]:
 def reads_weights() -> bool:
     """What an encoder that begins with trained weights asks in its constructor; False within `weights_follow`."""
     return not _weights_follow.get()
+
+
+def import_transformers() -> Any:
+    """transformers, for its models.
+
+    While they are imported it is told that there is no scipy: the losses of its detection models, which nothing here
+    computes, would import all of scipy's optimizers (0.6 s of every start).
+    """
+    import transformers
+
+    with patch.object(transformers.utils, "is_scipy_available", lambda: False):
+        import transformers.modeling_utils
+    return transformers
 
 
 def unavailable(name: str, what: str, error: Exception) -> ValueError:

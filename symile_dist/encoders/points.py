@@ -15,6 +15,7 @@ from symile_dist.encoders.image import ImageConvNet
 from symile_dist.encoders.masked import length_mask
 from symile_dist.encoders.pretrained import layers_of
 from symile_dist.encoders.text import TextConvNet, check_ids
+from symile_dist.hub import import_transformers
 from symile_dist.registry import ENCODERS, build, check_options, resolve
 from symile_dist.types import Inputs, Padded, PointSet
 
@@ -214,14 +215,13 @@ class ViTPoints(nn.Module):
         largest_weight: float = 100.0,
     ) -> None:
         super().__init__()
-        from transformers import ViTConfig, ViTModel
-
+        transformers = import_transformers()
         if width % heads:
             raise ValueError(f"width = {width} should be a multiple of heads = {heads}")
         sizes = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if len(sizes) != 2 or any(size < patch_size or size % patch_size for size in sizes):
             raise ValueError(f"image_size = {image_size} should be a multiple of patch_size = {patch_size}")
-        config = ViTConfig(
+        config = transformers.ViTConfig(
             image_size=sizes,
             patch_size=patch_size,
             num_channels=channels,
@@ -231,7 +231,7 @@ class ViTPoints(nn.Module):
             intermediate_size=4 * width,
             layer_norm_eps=1e-6,
         )
-        self.model = ViTModel(config, add_pooling_layer=False)
+        self.model = transformers.ViTModel(config, add_pooling_layer=False)
         self.head = PointHead(width, embedding_dim, largest_weight)
 
     def checkpointed(self) -> list[nn.Module]:
@@ -272,12 +272,11 @@ class TextTransformerPoints(nn.Module):
         largest_weight: float = 100.0,
     ) -> None:
         super().__init__()
-        from transformers import CLIPTextConfig, CLIPTextModel
-
+        transformers = import_transformers()
         if width % heads:
             raise ValueError(f"width = {width} should be a multiple of heads = {heads}")
         self.vocabulary, self.context_length, self.count_padding = vocabulary, context_length, count_padding
-        config = CLIPTextConfig(
+        config = transformers.CLIPTextConfig(
             vocab_size=vocabulary + (context_length if count_padding else 0),
             hidden_size=width,
             intermediate_size=4 * width,
@@ -289,7 +288,7 @@ class TextTransformerPoints(nn.Module):
             bos_token_id=None,
             eos_token_id=vocabulary - 1,
         )
-        self.model = CLIPTextModel(config)
+        self.model = transformers.CLIPTextModel(config)
         self.head = PointHead(width, embedding_dim, largest_weight)
 
     def checkpointed(self) -> list[nn.Module]:

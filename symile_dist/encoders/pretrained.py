@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from symile_dist.encoders.text import check_ids
-from symile_dist.hub import reads_weights, unavailable
+from symile_dist.hub import import_transformers, reads_weights, unavailable
 from symile_dist.types import Inputs, Padded
 
 Pooling = Literal["pooler", "cls", "mean", "none"]
@@ -192,10 +192,8 @@ def _quietly() -> Iterator[None]:
 
 def _trained(name: str, revision: str, options: dict[str, Any]) -> tuple[Any, list[str]]:
     """A model with its weights, and the names of those that lack."""
-    from transformers import AutoModel
-
     with _quietly():
-        model, told = AutoModel.from_pretrained(
+        model, told = import_transformers().AutoModel.from_pretrained(
             name,
             revision=revision,
             use_safetensors=True,
@@ -208,12 +206,11 @@ def _trained(name: str, revision: str, options: dict[str, Any]) -> tuple[Any, li
 
 def _built(name: str, revision: str, options: dict[str, Any]) -> Any:
     """A model of a config alone, with weights that are to be overwritten (`hub.weights_follow`)."""
-    from transformers import AutoConfig, AutoModel
-
-    config, rest = AutoConfig.from_pretrained(
+    transformers = import_transformers()
+    config, rest = transformers.AutoConfig.from_pretrained(
         name, revision=revision, trust_remote_code=False, return_unused_kwargs=True, **options
     )
-    return AutoModel.from_config(config, trust_remote_code=False, **rest)
+    return transformers.AutoModel.from_config(config, trust_remote_code=False, **rest)
 
 
 def load_model(name: str, revision: str, part: str | None = None, pooling: str = "none", **options: Any) -> nn.Module:

@@ -131,6 +131,7 @@ def test_heavy_packages_stay_in_their_rooms(package: str) -> None:
         ("import symile_dist.objectives.reference", "ray deepspeed pydantic transformers triton"),
         ("import symile_dist.board", "torch deepspeed numpy pydantic"),
         ("import symile_dist.worker", "deepspeed mlflow transformers triton"),
+        ("import symile_dist.hub as hub; hub.import_transformers().ViTModel", "scipy.optimize"),
         ("from symile_dist import load_encoders; import symile_dist.exported", "ray deepspeed webdataset transformers"),
         ("import symile_dist.tools.checkpoints", "torch ray deepspeed numpy"),
         ("import symile_dist.metrics.panels, symile_dist.tools.monitoring.command", "torch ray deepspeed numpy"),
