@@ -30,14 +30,14 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser],
 
         if options.output and not options.dry_run:
             raise ValueError("--output: goes with --dry-run, which writes what would be submitted")
-        backend, job = prepared(options)
+        backend, jobs = prepared(options)
         if options.dry_run:
-            text = backend_text(backend, job)
+            text = backend_text(backend, jobs)
             if options.output:
                 with open(options.output, "w", encoding="utf-8") as file:
                     file.write(text)
             return show(options, {"on": backend, "text": text}, lambda: options.output or text.rstrip("\n"))
-        return _told(options, submit_job(backend, job, options, examine), show)
+        return _told(options, submit_job(backend, jobs, options, examine), show)
 
     def status(options: argparse.Namespace) -> int:
         from symile_dist.launch.command import format_status
@@ -78,6 +78,9 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser],
     made.add_argument("overrides", metavar="key=value", nargs="*", help="overrides, e.g. train.steps=100")
     made.add_argument("--on", metavar="BACKEND", help=f"{', '.join(BACKENDS)} (default: the profile's)")
     made.add_argument("--name", help="of the run: run.name")
+    made.add_argument(
+        "--seeds", metavar="S,S,...", help="a run for each, NAME-seedS: 0,1,2 or 0-4; with slurm they are one array"
+    )
     size_arguments(made)
     profile_argument(made)
     made.add_argument("--dry-run", action="store_true", help="print what would be submitted; needs no cluster")
@@ -144,28 +147,39 @@ def resume_elsewhere(options: argparse.Namespace, show: Print, examine: Check) -
         options.run = record["run"]
         return None
     found, job = resubmitted(options, record | {"backend": backend})
-    return _told(options, submit(found, job, options, examine), show)
+    return _told(options, submit(found, [job], options, examine), show)
 
 
-def _told(options: argparse.Namespace, record: dict[str, Any], show: Print) -> int:
+def _told(options: argparse.Namespace, told: list[dict[str, Any]], show: Print) -> int:
     from symile_dist.launch.command import wait
 
+    several = getattr(options, "seeds", None) is not None
+    words = "\n".join(map(_words, told))
+    if not options.wait:
+        return show(options, told if several else told[0], lambda: words)
+    if not options.json:
+        print(words, flush=True)
+    codes = []
+    for record in told:
+        try:
+            codes.append(wait(record, show=not options.json and not several))
+        except KeyboardInterrupt:
+            name = record["name"]
+            print(f"{name}: not waited for any longer; the job goes on: symile-dist status {name}", file=sys.stderr)
+            return 130
+        if several and not options.json:
+            print(f"{record['name']}: ended with exit code {codes[-1]}", flush=True)
+    if options.json:
+        ended = [{**record, "exit_code": code} for record, code in zip(told, codes, strict=True)]
+        show(options, ended if several else ended[0], lambda: "")
+    return next((code for code in codes if code), 0)
+
+
+def _words(record: dict[str, Any]) -> str:
     name = record["name"]
-    words = (
+    return (
         f"{name}: submitted, {record['backend']} job {record['handle'].get('id', record['job'])}\n"
         f"  how it is    symile-dist status {name}\n"
         f"  its words    symile-dist logs {name} -f\n"
         f"  stop it      symile-dist stop {name}"
     )
-    if not options.wait:
-        return show(options, record, lambda: words)
-    if not options.json:
-        print(words, flush=True)
-    try:
-        code = wait(record, show=not options.json)
-    except KeyboardInterrupt:
-        print(f"{name}: not waited for any longer; the job goes on: symile-dist status {name}", file=sys.stderr)
-        return 130
-    if options.json:
-        show(options, {**record, "exit_code": code}, lambda: "")
-    return code

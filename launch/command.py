@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,17 @@ from rich.table import Table
 
 from symile_dist.config import Config, load_config
 from symile_dist.health.lease import holder_of, is_held
-from symile_dist.launch.job import ENDED, Job, JobStatus, backend_named, minutes_of, node_sizes, rank_overrides
+from symile_dist.launch.job import (
+    ENDED,
+    ArrayBackend,
+    Job,
+    JobStatus,
+    backend_named,
+    minutes_of,
+    node_sizes,
+    rank_overrides,
+    seeds_of,
+)
 from symile_dist.launch.processes import pieces_of
 from symile_dist.launch.profiles import Profile, profile_named
 from symile_dist.launch.records import known_record, new_id, record_of, records, remember, submitting
@@ -36,24 +46,48 @@ SHARING = ("local", "slurm")
 """Backends whose machines see this one's files; of the others the run's directory may be elsewhere."""
 
 
-def job_of(config: Config, options: argparse.Namespace, profile: Profile, resume: bool) -> Job:
+def job_of(config: Config, options: argparse.Namespace, profile: Profile, job_id: str, resume: bool) -> Job:
     """Raises ValueError where the nodes do not hold the config's ranks."""
     gpus, cpus = node_sizes(config, options.nodes, options.gpus_per_node, options.cpus_per_node)
-    config = config.with_absolute_paths()
     minutes = minutes_of(options.time) if options.time else None
-    return Job(config, options.nodes, gpus, cpus, profile, new_id(config.run_directory), minutes, resume)
+    return Job(config.with_absolute_paths(), options.nodes, gpus, cpus, profile, job_id, minutes, resume)
 
 
-def prepared(options: argparse.Namespace) -> tuple[str, Job]:
-    """(backend, job) of `submit`. Raises ValueError for whatever is wrong with them."""
+def prepared(options: argparse.Namespace) -> tuple[str, list[Job]]:
+    """(backend, jobs) of `submit`: one, or one for each of --seeds. Raises ValueError for whatever is wrong with them.
+
+    A seed's run has the name, the directory and the mirror of the config with -seedS behind them.
+    """
     profile = profile_named(options.profile)
     backend = options.on or profile.backend
     if not backend:
         raise ValueError("--on: where to? local, ray, kuberay or slurm (or a profile that says it)")
     backend_named(backend)
     given = list(options.overrides) + ([f"run.name={json.dumps(options.name)}"] if options.name else [])
-    config = load_config(options.config, [*given, *rank_overrides(options.nodes, options.gpus_per_node, given)]).config
-    return backend, job_of(config, options, profile, resume=False)
+    given += rank_overrides(options.nodes, options.gpus_per_node, given)
+    if options.seeds is None:
+        configs = [load_config(options.config, given).config]
+    else:
+        configs = _of_seeds(options.config, given, seeds_of(options.seeds))
+    job_id = new_id(*(each.run_directory for each in configs))
+    return backend, [job_of(each, options, profile, job_id, resume=False) for each in configs]
+
+
+def _of_seeds(file: str, given: Sequence[str], seeds: Sequence[int]) -> list[Config]:
+    """The config with each seed, and with places of its own."""
+    if any(override.startswith("seed=") for override in given):
+        raise ValueError("--seeds and seed=: say one of them")
+    config = load_config(file, given).config
+    places = {
+        "run.name": config.run.name,
+        "run.directory": str(config.run_directory),
+        "checkpoint.mirror": (config.checkpoint.mirror or "").rstrip("/"),
+    }
+    found = []
+    for seed in seeds:
+        own = [f"{key}={json.dumps(f'{value}-seed{seed}')}" for key, value in places.items() if value]
+        found.append(load_config(file, [*given, f"seed={seed}", *own]).config)
+    return found
 
 
 def resubmitted(options: argparse.Namespace, record: dict[str, Any]) -> tuple[str, Job]:
@@ -68,54 +102,88 @@ def resubmitted(options: argparse.Namespace, record: dict[str, Any]) -> tuple[st
     # Without new sizes the ranks are those that the run has.
     ranks = rank_overrides(options.nodes, options.gpus_per_node, given) if resized else []
     config = load_run(record["run"], [*given, *ranks])
-    return record["backend"], job_of(config, options, profile_named(options.profile), resume=True)
+    job_id = new_id(config.run_directory)
+    return record["backend"], job_of(config, options, profile_named(options.profile), job_id, resume=True)
 
 
-def backend_text(backend_name: str, job: Job) -> str:
+def backend_text(backend_name: str, jobs: Sequence[Job]) -> str:
     """What `submit` would submit."""
-    return backend_named(backend_name).render(job)
+    backend = backend_named(backend_name)
+    if isinstance(backend, ArrayBackend):
+        return backend.render_array(jobs)
+    return "\n".join(backend.render(job) for job in jobs)
 
 
 def submit(
-    backend_name: str, job: Job, options: argparse.Namespace, examine: Callable[[Config, str], None]
-) -> dict[str, Any]:
-    """Checks everything, then submits. Returns the record. Raises ValueError before anything is written.
+    backend_name: str, jobs: Sequence[Job], options: argparse.Namespace, examine: Callable[[Config, str], None]
+) -> list[dict[str, Any]]:
+    """Checks everything, then submits. Returns a record for each. Raises ValueError before anything is written, but
+    where a backend takes one job after another and refuses a later one: those before it are named.
 
     Args:
+        jobs: one, or several that differ in their seed.
         examine: raises ValueError where the config would fail at once on the backend of that name.
     """
     backend = backend_named(backend_name)
-    directory = job.config.run_directory
-    seen_here = backend_name in SHARING or directory.parent.is_dir()
-    if seen_here:
-        check(job.config, fresh=False, resume=job.resume)
-    _refuse_second(directory)
-    backend.check(job)
-    examine(job.config, backend_name)
+    directories = [job.config.run_directory for job in jobs]
+    seen_here = backend_name in SHARING or directories[0].parent.is_dir()
+    for job in jobs:
+        if seen_here:
+            check(job.config, fresh=False, resume=job.resume)
+        _refuse_second(job.config.run_directory)
+    if isinstance(backend, ArrayBackend):
+        backend.check_array(jobs)
+    else:
+        for job in jobs:
+            backend.check(job)
+    examine(jobs[0].config, backend_name)
     given = {name: getattr(options, name, None) for name in SIZES} | {"backend": backend_name}
+    submitted: list[dict[str, Any]] = []
+
+    def take(part: Sequence[Job], handles: Sequence[dict[str, Any]]) -> None:
+        for job, handle in zip(part, handles, strict=True):
+            more = {"profile": getattr(options, "profile", None), "job_sizes": given}
+            submitted.append(remember(job, backend_name, handle, **more))
+
     try:
-        with submitting(directory):
-            _refuse_second(directory)  # another may have been faster
-            with _new_folder(job, seen_here):
-                handle = backend.submit(job)
-            return remember(job, backend_name, handle, profile=getattr(options, "profile", None), job_sizes=given)
+        with submitting(directories):
+            for directory in directories:
+                _refuse_second(directory)  # another may have been faster
+            if isinstance(backend, ArrayBackend):
+                with _new_folders(jobs, seen_here):
+                    handles = backend.submit_array(jobs)
+                take(jobs, handles)
+            else:
+                for job in jobs:
+                    with _new_folders([job], seen_here):
+                        handle = backend.submit(job)
+                    take([job], [handle])
     except OSError as error:
-        raise ValueError(f"{error.filename or directory}: cannot be written: {error.strerror or error}") from None
+        words = f"{error.filename or directories[0]}: cannot be written: {error.strerror or error}"
+        raise ValueError(words + _already(submitted)) from None
+    except ValueError as error:
+        raise ValueError(f"{error}{_already(submitted)}") from None
+    return submitted
+
+
+def _already(submitted: Sequence[dict[str, Any]]) -> str:
+    names = ", ".join(record["name"] for record in submitted)
+    return f" (submitted before it: {names})" if names else ""
 
 
 @contextlib.contextmanager
-def _new_folder(job: Job, seen_here: bool) -> Iterator[None]:
-    """The job's folder with its config; it is taken away again where the job is not taken."""
-    if not seen_here:
-        yield
-        return
-    made = next(path for path in (*reversed(job.folder.parents), job.folder) if not path.exists())
+def _new_folders(jobs: Sequence[Job], seen_here: bool) -> Iterator[None]:
+    """The jobs' folders with their configs; they are taken away again where the jobs are not taken."""
+    made: list[Path] = []
     try:
-        job.folder.mkdir(parents=True)
-        write_text(job.folder / "config.yaml", job.config.to_yaml())
+        for job in jobs if seen_here else ():
+            made.append(next(path for path in (*reversed(job.folder.parents), job.folder) if not path.exists()))
+            job.folder.mkdir(parents=True)
+            write_text(job.folder / "config.yaml", job.config.to_yaml())
         yield
     except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
+        for path in made:
+            shutil.rmtree(path, ignore_errors=True)
         raise
 
 

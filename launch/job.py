@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from symile_dist.config import Config
 from symile_dist.launch import BACKENDS
@@ -15,6 +15,8 @@ from symile_dist.launch.profiles import Profile
 from symile_dist.registry import resolve, suggestion
 
 State = Literal["queued", "running", "finished", "failed", "stopped", "lost", "unknown"]
+MOST_SEEDS = 1000
+"""Of one submission; Slurm's arrays are no longer either, unless its administrator says so."""
 ENDED: tuple[State, ...] = ("finished", "failed", "stopped", "lost")
 
 
@@ -82,6 +84,20 @@ class Backend(Protocol):
         """Asks the job to save and stop; with `now` ends it."""
 
 
+@runtime_checkable
+class ArrayBackend(Backend, Protocol):
+    """A way to machines that takes jobs which differ in their seed, and in places named after it, as one."""
+
+    def check_array(self, jobs: Sequence[Job]) -> None:
+        """As `check`."""
+
+    def render_array(self, jobs: Sequence[Job]) -> str:
+        """As `render`."""
+
+    def submit_array(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """As `submit`; a handle for each."""
+
+
 def backend_named(name: str) -> Backend:
     """Raises ValueError for an unknown name."""
     if name not in BACKENDS:
@@ -132,6 +148,22 @@ def node_sizes(config: Config, nodes: int, gpus_per_node: int | None, cpus_per_n
 def _check_least(flag: str, number: int | None, least: int) -> None:
     if number is not None and number < least:
         raise ValueError(f"{flag} {number}: should be {least} or more")
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds of "0,3,7", "0-4" or "0-4,9". Raises ValueError for what is none, or twice the same."""
+    found: list[int] = []
+    for part in text.split(","):
+        numbers = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip())
+        if not numbers:
+            raise ValueError(f"--seeds {text}: write 0,1,2 or 0-4")
+        first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+        if last < first or len(found) + last - first >= MOST_SEEDS:
+            raise ValueError(f"--seeds {text}: from the lower to the higher, {MOST_SEEDS:,} at most")
+        found += range(first, last + 1)
+    if len(set(found)) < len(found):
+        raise ValueError(f"--seeds {text}: the same seed twice")
+    return found
 
 
 def minutes_of(text: str) -> int:

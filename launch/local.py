@@ -38,10 +38,11 @@ class LocalBackend:
     def check(self, job: Job) -> None:
         refuse_references(job, "secret")
         taken_from_here(job)
-        if job.minutes:
-            raise ValueError("--time: this machine ends no job by itself; leave it out with --on local")
+        self._specification(job)
 
     def _specification(self, job: Job) -> dict[str, Any]:
+        if job.minutes:
+            raise ValueError("--time: this machine ends no job by itself; leave it out with --on local")
         python = job.profile.python or sys.executable
         return {
             "command": [python, "-m", "symile_dist", *job.train_arguments(str(job.folder / "config.yaml"))],

@@ -54,13 +54,14 @@ class RayJobsBackend:
 
     def check(self, job: Job) -> None:
         refuse_references(job, "env", "secret")  # Ray shows a job's environment on its dashboard
-        if job.minutes:
-            raise ValueError("--time: Ray ends no job by itself; leave it out with --on ray")
+        self._description(job)
         address = address_of(job)
         _client(address, job.profile.ray.token)
         staged_files(job)
 
     def _description(self, job: Job) -> dict[str, Any]:
+        if job.minutes:
+            raise ValueError("--time: Ray ends no job by itself; leave it out with --on ray")
         python = job.profile.python or sys.executable
         record = {"name": job.name, "job": job.id, "backend": "ray", "handle": self._handle(job, address_of(job))}
         environment = plain_environment(job) | {

@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -30,11 +30,11 @@ def state_folder() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "symile-dist"
 
 
-def new_id(directory: Path) -> str:
-    """For a submission: by time, so that the newest sorts last."""
+def new_id(*directories: Path) -> str:
+    """For a submission, of one run or several: by time, so that the newest sorts last."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = [stamp, *(f"{stamp}-{number}" for number in range(2, 100))]
-    return next(name for name in names if not (directory / JOBS / name).exists())
+    return next(name for name in names if not any((each / JOBS / name).exists() for each in directories))
 
 
 def check_state_folder() -> None:
@@ -46,14 +46,16 @@ def check_state_folder() -> None:
 
 
 @contextlib.contextmanager
-def submitting(directory: Path) -> Iterator[None]:
+def submitting(directories: Sequence[Path]) -> Iterator[None]:
     """Of several submissions of a run at once, by this user, the others wait for the first.
 
     Raises OSError where records cannot be written.
     """
     check_state_folder()
-    with open((state_folder() / "runs" / _index_name(directory)).with_suffix(".lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        for directory in sorted(directories):  # in one order, so that no two wait for each other
+            lock = (state_folder() / "runs" / _index_name(directory)).with_suffix(".lock")
+            fcntl.flock(stack.enter_context(open(lock, "w")), fcntl.LOCK_EX)
         yield
 
 

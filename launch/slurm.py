@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -43,13 +43,24 @@ STATES: dict[str, State] = {
 }
 
 
-def script_of(job: Job) -> str:
-    """The batch script."""
+def script_of(jobs: Sequence[Job]) -> str:
+    """The batch script: of a job, or of an array of jobs whose tasks have the seeds as their numbers."""
+    job = jobs[0]
     slurm, quote = job.profile.slurm, shlex.quote
-    folder, state = quote(str(job.folder)), quote(str(state_folder()))
+    name, array = job.name, None
+    folder, output = quote(str(job.folder)), str(job.folder / OUTPUT).replace("%", "%%")
+    if len(jobs) > 1:
+        seeds = [str(each.config.seed) for each in jobs]
+        array, name = ",".join(seeds), name.removesuffix(seeds[0])
+        before = str(job.config.run_directory).removesuffix(seeds[0])
+        after = str(job.folder).removeprefix(before + seeds[0])
+        assert [str(each.folder) for each in jobs] == [f"{before}{seed}{after}" for seed in seeds]
+        folder = f'{quote(before)}"$SLURM_ARRAY_TASK_ID"{quote(after)}'
+        output = "%a".join(part.replace("%", "%%") for part in (before, f"{after}/{OUTPUT}"))
     directives = {
-        "job-name": job.name,
-        "output": str(job.folder / OUTPUT).replace("%", "%%"),
+        "job-name": name.removesuffix("-seed") if array else name,
+        "array": array,
+        "output": output,
         "open-mode": "append",
         "nodes": str(job.nodes),
         "ntasks-per-node": "1",
@@ -74,12 +85,13 @@ def script_of(job: Job) -> str:
     # A lost node costs ranks, not the job.
     lines += ["#SBATCH --no-kill", f"#SBATCH --{'requeue' if slurm.requeue else 'no-requeue'}"]
     lines += ["#SBATCH --exclusive"] if slurm.exclusive else []
+    state = quote(str(state_folder()))
     exports = [f"export {name}={quote(value)}" for name, value in plain_environment(job).items()]
     exports += [
         f'export {name}="${{{where[4:]}}}"' for name, where in job.profile.secrets.items() if where.startswith("env:")
     ]
     modules = [f"module load {quote(module)}" for module in slurm.modules]
-    srun, inside = _containers(job)
+    srun, inside = _containers(jobs)
     arguments = shlex.join([f"--cpus={job.cpus_per_node}", f"--gpus={job.gpus_per_node}"])
     common = shlex.join(["srun", "--overlap", "--no-kill", "--kill-on-bad-exit=0", "--export=ALL", *srun])
     steps = f'on_head=({common} --nodes=1 --ntasks=1 --nodelist="${{hosts[0]}}"{inside})'
@@ -89,7 +101,8 @@ def script_of(job: Job) -> str:
     if job.nodes > 1:
         others = f'{common} --nodes={job.nodes - 1} --ntasks={job.nodes - 1} --exclude="${{hosts[0]}}"{inside}'
         workers = f"""(trap '' USR1; exec {others} {node} worker --folder "$meeting" {arguments}) &\nnodes+=($!)\n"""
-    driver = [python, "-m", "symile_dist", *job.train_arguments(str(job.folder / "config.yaml"))]
+    config = f"{folder}/config.yaml"
+    words = [python, "-m", "symile_dist", *job.train_arguments(config)]
     template = Template(files("symile_dist.launch").joinpath("templates/slurm.sh").read_text(encoding="utf-8"))
     return template.substitute(
         directives="\n".join(lines),
@@ -101,7 +114,7 @@ def script_of(job: Job) -> str:
         node=node,
         workers=workers.rstrip("\n"),
         sizes=arguments,
-        driver_command=shlex.join(driver),
+        driver_command=" ".join(word if word == config else quote(word) for word in words),
     )
 
 
@@ -112,12 +125,13 @@ def _directive(name: str, value: str) -> str:
     return f'"{value}"' if " " in value else value
 
 
-def _containers(job: Job) -> tuple[list[str], str]:
+def _containers(jobs: Sequence[Job]) -> tuple[list[str], str]:
     """(options of srun, what stands before the command) for the profile's container."""
+    job = jobs[0]
     slurm = job.profile.slurm
     if not slurm.container:
         return [], ""
-    always = [str(job.config.run_directory), str(state_folder())]
+    always = [*(str(each.config.run_directory) for each in jobs), str(state_folder())]
     mounts = [part if ":" in part else f"{part}:{part}" for part in [*always, *slurm.container_mounts]]
     if slurm.container_runtime == "pyxis":
         return [f"--container-image={slurm.container}", f"--container-mounts={','.join(mounts)}"], ""
@@ -126,27 +140,41 @@ def _containers(job: Job) -> tuple[list[str], str]:
 
 
 class SlurmBackend:
-    """See `job.Backend`."""
+    """See `job.ArrayBackend`."""
 
     def check(self, job: Job) -> None:
-        refuse_references(job, "secret")
-        taken_from_here(job)
+        self.check_array([job])
+
+    def check_array(self, jobs: Sequence[Job]) -> None:
+        refuse_references(jobs[0], "secret")
+        taken_from_here(jobs[0])
         if not shutil.which("sbatch"):
             raise ValueError("--on slurm: the command sbatch is not here; submit from one of the cluster's login nodes")
-        script = script_of(job)
+        script = script_of(jobs)
         output_of(["sbatch", "--test-only"], "--on slurm: the cluster would not take the job", script)
 
     def render(self, job: Job) -> str:
-        return script_of(job)
+        return script_of([job])
+
+    def render_array(self, jobs: Sequence[Job]) -> str:
+        return script_of(jobs)
 
     def submit(self, job: Job) -> dict[str, Any]:
-        os.environ.update(taken_from_here(job))
+        return self.submit_array([job])[0]
+
+    def submit_array(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        os.environ.update(taken_from_here(jobs[0]))
         state_folder().mkdir(parents=True, exist_ok=True)
-        write_text(job.folder / SCRIPT, script_of(job))
-        number, _, cluster = (
-            output_of(["sbatch", "--parsable", str(job.folder / SCRIPT)], "--on slurm").strip().partition(";")
-        )
-        return {"id": number, "folder": str(job.folder)} | ({"cluster": cluster} if cluster else {})
+        script = script_of(jobs)
+        for job in jobs:
+            write_text(job.folder / SCRIPT, script)
+        told = output_of(["sbatch", "--parsable", str(jobs[0].folder / SCRIPT)], "--on slurm")
+        number, _, cluster = told.strip().partition(";")
+        where = {"cluster": cluster} if cluster else {}
+        return [
+            {"id": f"{number}_{job.config.seed}" if len(jobs) > 1 else number, "folder": str(job.folder)} | where
+            for job in jobs
+        ]
 
     def status(self, handle: dict[str, Any]) -> JobStatus:
         kept = exit_code_of(Path(handle["folder"]))

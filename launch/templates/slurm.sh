@@ -7,6 +7,8 @@ $directives
 umask 077
 $environment
 rm -f $folder/exit_code
+this=$$SLURM_JOB_ID  # the id of an array's last task is the whole array's
+[ -z "$${SLURM_ARRAY_JOB_ID:-}" ] || this=$${SLURM_ARRAY_JOB_ID}_$$SLURM_ARRAY_TASK_ID
 meeting=$state/slurm/$$SLURM_JOB_ID-$${SLURM_RESTART_COUNT:-0}
 mkdir -p "$$meeting"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$$meeting/token"
@@ -27,7 +29,7 @@ ended() {
     [ -z "$$passed_on" ] || [ "$$1" != 138 ] || set -- 75  # SIGUSR1 came before the driver was ready for it
     if [ -z "$$stopped" ] && [ -n "$requeue" ] && { [ "$$1" = 75 ] || { [ -n "$$preempted" ] && [ "$$1" != 0 ]; }; }; then
         echo "the job is queued again; it goes on from its newest checkpoint"
-        scontrol requeue "$$SLURM_JOB_ID" && sleep 60
+        scontrol requeue "$$this" && sleep 60
     fi
     echo "$$1" > $folder/exit_code
     exit "$$1"

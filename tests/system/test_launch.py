@@ -18,7 +18,7 @@ import pytest
 from symile_dist.config import Config
 from symile_dist.environment import EXPECTED_NODES
 from symile_dist.failpoints import VARIABLE as FAILPOINTS
-from symile_dist.run_directory import read_run
+from symile_dist.run_directory import load_run, read_run
 from tests import slurm as real_slurm
 from tests.hosts import Hosts, RayHosts, hosts, why_not
 from tests.system.conftest import MakeConfig
@@ -202,6 +202,38 @@ def test_a_failing_job_returns_its_code_and_leaves_nothing(
     assert time.monotonic() - begin < 30
     assert told("failing")["exit_code"] == 1
     assert "failed:" in command("logs", "failing")
+
+
+@pytest.mark.slow
+@needs_slurm
+def test_of_an_array_of_seeds_one_is_preempted_and_all_end(
+    make_config: MakeConfig, config_file: Path, on_slurm: Callable[..., str]
+) -> None:
+    config = make_config(*LONG, name="array")
+    place = [f"run.directory={config.run_directory}", "run.name=array", "train.steps=60", "ray.num_workers=1"]
+    sent = [*LONG, *place, "--seeds", "0,2", "--on", "slurm"]
+    records = json.loads(command("submit", config_file, *sent, "--json"))
+    first, last = (record["handle"]["id"] for record in records)
+    assert (first.partition("_")[2], last.partition("_")[2]) == ("0", "2")
+    twice = command("submit", config_file, *sent, code=2)
+    assert "its job is queued" in twice or "its job is running" in twice
+    seeds = {seed: Path(f"{config.run_directory}-seed{seed}") for seed in (0, 2)}
+
+    def newest(seed: int) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            lines = (seeds[seed] / "history.jsonl").read_text().splitlines()
+            return max(int(json.loads(line).get("step", 0)) for line in lines)
+        return 0
+
+    until(lambda: newest(2) >= 10, "the last seed does not reach step 10", 240)
+    on_slurm("scancel", "--signal=USR1", last)
+    for seed, restarts in ((2, 1), (0, 0)):
+        until(lambda seed=seed: told(f"array-seed{seed}")["state"] == "finished", f"seed {seed} does not end", 180)
+        status = told(f"array-seed{seed}")
+        assert (status["exit_code"], status["facts"]["restarts"]) == (0, restarts)
+        assert newest(seed) == 60 and load_run(seeds[seed]).seed == seed
+    assert "queued again" in command("logs", "array-seed2")
+    assert "queued again" not in command("logs", "array-seed0")
 
 
 # -- a Ray over two hosts --------------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ import psutil
 import pytest
 import yaml
 
-from symile_dist.cli import main
+from symile_dist.cli import build_parser, main
 from symile_dist.config import parse_config
 from symile_dist.health.lease import lease_file, locked
 from symile_dist.launch import BACKENDS
-from symile_dist.launch.command import _refuse_second, resubmitted, status_of
+from symile_dist.launch.command import _refuse_second, prepared, resubmitted, status_of
 from symile_dist.launch.job import Job, State, backend_named, minutes_of, node_sizes, rank_overrides
 from symile_dist.launch.local import LocalBackend, state_of
 from symile_dist.launch.processes import identity, pieces_of
@@ -268,7 +268,7 @@ FULL = {
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_the_script_is_bash_and_quotes_what_it_is_given(shards: Path, nodes: int, runtime: str) -> None:
     profile = Profile.model_validate(FULL | {"slurm": FULL["slurm"] | {"container_runtime": runtime}})  # type: ignore[operator]
-    script = script_of(job(shards, profile, nodes=nodes, gpus_per_node=8, minutes=90, resume=True))
+    script = script_of([job(shards, profile, nodes=nodes, gpus_per_node=8, minutes=90, resume=True)])
     done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for line in (
@@ -292,11 +292,88 @@ def test_the_script_is_bash_and_quotes_what_it_is_given(shards: Path, nodes: int
 def test_a_name_that_sbatch_would_take_apart_is_refused(shards: Path) -> None:
     profile = Profile.model_validate({"slurm": {"account": 'a"\n#SBATCH --wrap=x'}})
     with pytest.raises(ValueError, match="cannot stand there"):
-        script_of(job(shards, profile))
+        script_of([job(shards, profile)])
+
+
+def test_seeds_are_one_array_each_in_its_own_place(
+    config_file: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = home / "work" / "a $HOME 100%"
+    given = [f"run.directory={json.dumps(str(odd))}", "--seeds", "3,10-11", "--on", "slurm"]
+    assert main(["submit", str(config_file), *given, "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    assert "#SBATCH --array=3,10,11\n" in script and "#SBATCH --job-name=mine\n" in script
+    driver = next(line for line in script.splitlines() if " train " in line).split(" train ")[1].split(" --plain")[0]
+    (output,) = (line.removeprefix("#SBATCH --output=") for line in script.splitlines() if "--output=" in line)
+    for seed in (3, 10, 11):
+        environment = os.environ | {"SLURM_ARRAY_TASK_ID": str(seed)}
+        done = subprocess.run(["bash", "-c", f"printf %s {driver}"], env=environment, capture_output=True, check=True)
+        path = Path(done.stdout.decode())
+        assert path.parents[2] == Path(f"{odd}-seed{seed}") and path.name == "config.yaml"
+        # As sbatch takes a file's name apart; it strips the quotes around what has spaces.
+        assert output.strip('"').replace("%a", str(seed)).replace("%%", "%") == str(path.parent / "output.txt")
+    assert not list(home.glob("work/a *")), "a dry run writes nothing"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "write 0,1,2 or 0-4"),
+        ("1,x", "write 0,1,2 or 0-4"),
+        ("-1", "write 0,1,2 or 0-4"),
+        ("4-2", "from the lower"),
+        ("0-1000", "1,000 at most"),
+        ("0-999999999", "1,000 at most"),
+        ("0-3,2", "the same seed twice"),
+    ],
+)
+def test_seeds_that_are_none(text: str, words: str, config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in refused(capsys, "submit", config_file, "--on", "slurm", "--dry-run", f"--seeds={text}")
+
+
+def test_seeds_and_a_seed_are_refused(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = refused(capsys, "submit", config_file, "seed=3", "--seeds", "0-4", "--on", "slurm", "--dry-run")
+    assert "say one of them" in words
+
+
+def test_every_seed_has_its_own_place_and_mirror(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["submit", str(config_file), "checkpoint.mirror=s3://bucket/runs/", "--seeds", "0-1", "--on", "local"]
+    options = build_parser().parse_args(command)
+    backend, jobs = prepared(options)
+    assert backend == "local" and [each.config.seed for each in jobs] == [0, 1]
+    assert [each.name for each in jobs] == ["mine-seed0", "mine-seed1"]
+    assert [each.config.checkpoint.mirror for each in jobs] == ["s3://bucket/runs-seed0", "s3://bucket/runs-seed1"]
+    assert [each.config.run_directory.name for each in jobs] == ["mine-seed0", "mine-seed1"]
+    assert jobs[0].id == jobs[1].id
+
+
+def test_of_seeds_that_go_one_by_one_those_before_a_refusal_are_named(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def submit(self: LocalBackend, one: Job) -> dict[str, Any]:
+        if one.config.seed == 2:
+            raise ValueError("no more")
+        return {"folder": str(one.folder), "host": "elsewhere", "process": {"pid": 1, "created": 0.0}}
+
+    monkeypatch.setattr(LocalBackend, "submit", submit)
+    assert main(["submit", str(config_file), "--seeds", "1-3", "--on", "local"]) == 2
+    assert "no more (submitted before it: mine-seed1)" in capsys.readouterr().err
+    assert record_of("mine-seed1")["handle"]["host"] == "elsewhere"
+    assert not Path("runs/mine-seed2").exists() and not Path("runs/mine-seed3").exists()
+
+
+def test_a_time_limit_that_a_backend_does_not_keep_is_refused_before_a_dry_run(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head:8265")
+    for backend in ("local", "ray"):
+        words = refused(capsys, "submit", config_file, "--on", backend, "--time", "60", "--dry-run")
+        assert f"leave it out with --on {backend}" in words
 
 
 def test_requeueing_can_be_turned_off(shards: Path) -> None:
-    script = script_of(job(shards, Profile.model_validate({"slurm": {"requeue": False}})))
+    script = script_of([job(shards, Profile.model_validate({"slurm": {"requeue": False}}))])
     assert "#SBATCH --no-requeue\n" in script and '[ -n "" ]' in script
 
 
@@ -540,9 +617,9 @@ def test_what_only_looks_like_one_is_not() -> None:
 
 def test_paths_and_times_that_sbatch_takes_for_something_else(shards: Path) -> None:
     config = parse_config(config_text(shards), "x", ["run.directory=/runs/50%j"]).config
-    assert "--output=/runs/50%%j/jobs/" in script_of(Job(config, 1, 0, 1, Profile(), "1"))
+    assert "--output=/runs/50%%j/jobs/" in script_of([Job(config, 1, 0, 1, Profile(), "1")])
     with pytest.raises(ValueError, match="grace_seconds"):
-        script_of(job(shards, minutes=2))
+        script_of([job(shards, minutes=2)])
 
 
 def test_output_without_a_dry_run_is_refused(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
