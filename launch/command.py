@@ -78,15 +78,21 @@ def _of_seeds(file: str, given: Sequence[str], seeds: Sequence[int]) -> list[Con
     if any(override.startswith("seed=") for override in given):
         raise ValueError("--seeds and seed=: say one of them")
     config = load_config(file, given).config
-    places = {
-        "run.name": config.run.name,
-        "run.directory": str(config.run_directory),
-        "checkpoint.mirror": (config.checkpoint.mirror or "").rstrip("/"),
-    }
     found = []
     for seed in seeds:
-        own = [f"{key}={json.dumps(f'{value}-seed{seed}')}" for key, value in places.items() if value]
-        found.append(load_config(file, [*given, f"seed={seed}", *own]).config)
+
+        def own(place: str, seed: int = seed) -> str:
+            return f"{place}-seed{seed}"
+
+        run = {"name": own(config.run.name), "directory": own(str(config.run_directory))}
+        mirror = config.checkpoint.mirror
+        checkpoint = {"mirror": own(mirror.rstrip("/")) if mirror else None}
+        changes: dict[str, Any] = {
+            "seed": seed,
+            "run": config.run.model_copy(update=run),
+            "checkpoint": config.checkpoint.model_copy(update=checkpoint),
+        }
+        found.append(config.model_copy(update=changes))
     return found
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from symile_dist.seeding import philox
+from symile_dist.tools.evaluate import evaluate_run
 from symile_dist.tools.reproduce.lab import Lab
 from symile_dist.tools.reproduce.report import (
     COLORS,
@@ -102,8 +104,20 @@ def xor_split(p_hat: float, count: int, split: str) -> Split:
     return {"a": a.astype(np.float32), "b": b.astype(np.float32), "c": c.astype(np.float32)}, to_words(b)
 
 
+def best_and_last(folder: Path) -> dict[str, Any]:
+    """Retrieval of the checkpoint that was best at the task on the validation split, and all of the last one."""
+    return {"best": evaluate_run(folder, step="best", metrics=["retrieval"]), "last": evaluate_run(folder)}
+
+
 def run(lab: Lab) -> Report:
-    """Accuracy and information against p_hat."""
+    """Accuracy and information against p_hat.
+
+    The authors take the checkpoint of the lowest validation loss. Where p_hat is small, Symile with linear encoders is
+    near the best possible accuracy after some hundred steps, and then goes on to a lower loss and a lower accuracy:
+    sums over single bits fit a distribution that is a mixture of two only roughly, and what they lose at c = a XOR b,
+    which is rare, they win at c = a. So the accuracy is that of the checkpoint that is best at the task; the last one's
+    is told beside it.
+    """
     every_p = [0.0, 0.3, 0.5, 0.8, 1.0] if lab.quick else [round(0.1 * k, 1) for k in range(11)]
     every_p = [0.0, 1.0] if lab.tiny else every_p
     steps, batch = lab.size(1000, 300, 40), lab.size(1000, 500, 250)
@@ -119,17 +133,20 @@ def run(lab: Lab) -> Report:
         for objective in OBJECTIVES:
             for seed in range(lab.seeds):
                 content = bits_config(["a", "b", "c"], BITS, str(folder), objective, seed, steps, batch)
+                content["validation"]["best_metric"] = f"accuracy/{DIRECTION}"
                 config = lab.config(f"p{p_hat}-{objective}-seed{seed}", content)
-                trials[p_hat, objective, seed] = Trial(config, best_of)
+                trials[p_hat, objective, seed] = Trial(config, best_and_last)
     found = dict(zip(trials, lab.run(list(trials.values())), strict=True))
     values: dict[str, Any] = {"p_hat": every_p, "bayes": [bayes_accuracy(p) for p in every_p]}
     for objective in OBJECTIVES:
         values[objective] = [
-            [found[p, objective, seed]["evaluation"]["retrieval"][DIRECTION]["accuracy"] for seed in range(lab.seeds)]
-            for p in every_p
+            [_accuracy(found[p, objective, seed]["evaluation"]["best"]) for seed in range(lab.seeds)] for p in every_p
         ]
+    values["symile_last"] = [
+        [_accuracy(found[p, "symile", seed]["evaluation"]["last"]) for seed in range(lab.seeds)] for p in every_p
+    ]
     values["bound"] = [
-        [found[p, "symile", seed]["evaluation"]["total_correlation_bound"] for seed in range(lab.seeds)]
+        [found[p, "symile", seed]["evaluation"]["last"]["total_correlation_bound"] for seed in range(lab.seeds)]
         for p in every_p
     ]
     values["information"] = [information(p) for p in every_p]
@@ -143,6 +160,10 @@ def run(lab: Lab) -> Report:
     report.tables.append(_table(values))
     report.checks = _checks(values)
     report.figures.append(_figure(lab, values))
+    report.notes.append(
+        "Accuracies are of the checkpoint with the highest accuracy on the 1,000 validation samples (the authors: the "
+        "lowest loss); `its last step` and the information are of the last one."
+    )
     if lab.quick:
         report.notes.append(
             f"Quick: {len(every_p)} values of p_hat, {steps} steps of {batch} (published: 1000 of 1000)."
@@ -150,11 +171,16 @@ def run(lab: Lab) -> Report:
     return report
 
 
+def _accuracy(evaluation: dict[str, Any]) -> float:
+    return float(evaluation["retrieval"][DIRECTION]["accuracy"])
+
+
 def _table(values: dict[str, Any]) -> Table:
     rows = [
         [
             f"{p:g}",
             str(mean_error(values["symile"][i])),
+            str(mean_error(values["symile_last"][i])),
             str(mean_error(values["pairwise_clip"][i])),
             f"{values['bayes'][i]:.3f}",
             str(mean_error(values["bound"][i])),
@@ -162,7 +188,15 @@ def _table(values: dict[str, Any]) -> Table:
         ]
         for i, p in enumerate(values["p_hat"])
     ]
-    header = ["p_hat", "Symile", "CLIP", "best possible", "log N − held-out loss", "total correlation (nats)"]
+    header = [
+        "p_hat",
+        "Symile",
+        "its last step",
+        "CLIP",
+        "best possible",
+        "log N − held-out loss",
+        "total correlation (nats)",
+    ]
     return Table("Accuracy of b from (a, c) among 32 vectors (chance 0.031), and information", header, rows)
 
 
