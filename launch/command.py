@@ -78,15 +78,12 @@ def _of_seeds(file: str, given: Sequence[str], seeds: Sequence[int]) -> list[Con
     if any(override.startswith("seed=") for override in given):
         raise ValueError("--seeds and seed=: say one of them")
     config = load_config(file, given).config
+    mirror = config.checkpoint.mirror
     found = []
     for seed in seeds:
-
-        def own(place: str, seed: int = seed) -> str:
-            return f"{place}-seed{seed}"
-
-        run = {"name": own(config.run.name), "directory": own(str(config.run_directory))}
-        mirror = config.checkpoint.mirror
-        checkpoint = {"mirror": own(mirror.rstrip("/")) if mirror else None}
+        ending = f"-seed{seed}"
+        run = {"name": config.run.name + ending, "directory": f"{config.run_directory}{ending}"}
+        checkpoint = {"mirror": mirror.rstrip("/") + ending if mirror else None}
         changes: dict[str, Any] = {
             "seed": seed,
             "run": config.run.model_copy(update=run),
@@ -168,6 +165,8 @@ def submit(
         words = f"{error.filename or directories[0]}: cannot be written: {error.strerror or error}"
         raise ValueError(words + _already(submitted)) from None
     except ValueError as error:
+        if not submitted:
+            raise
         raise ValueError(f"{error}{_already(submitted)}") from None
     return submitted
 

@@ -337,7 +337,7 @@ def test_seeds_and_a_seed_are_refused(config_file: Path, capsys: pytest.CaptureF
     assert "say one of them" in words
 
 
-def test_every_seed_has_its_own_place_and_mirror(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_seed_has_its_own_place_and_mirror(config_file: Path) -> None:
     command = ["submit", str(config_file), "checkpoint.mirror=s3://bucket/runs/", "--seeds", "0-1", "--on", "local"]
     options = build_parser().parse_args(command)
     backend, jobs = prepared(options)

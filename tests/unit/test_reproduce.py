@@ -21,7 +21,6 @@ from symile_dist.tools.reproduce.names import EXPERIMENTS
 from symile_dist.tools.reproduce.publish import publish
 from symile_dist.tools.reproduce.report import Check, Report, Table, markdown, mean_error
 from symile_dist.tools.reproduce.samples import Split, write_dataset
-from symile_dist.tools.reproduce.wpse import LETTERS, xor_bits_split
 from symile_dist.tools.reproduce.xor import bayes_accuracy, information, parity_split, xor_split
 
 
@@ -69,27 +68,6 @@ def test_seven_of_eight_bits_tell_nothing_and_all_tell_the_last() -> None:
     assert (bits.sum(axis=1) % 2 == 0).all()
     assert np.abs(np.corrcoef(bits.T) - np.eye(8)).max() < 0.06
     assert classes is not None and set(classes) == {"0", "1"}
-
-
-def test_a_letter_stands_for_one_bit_and_its_value() -> None:
-    words, classes = xor_bits_split(3, "test", 200)
-    values: dict[tuple[int, str], set[str]] = {}
-    read = {}
-    for name in "abc":
-        for word, told in zip(words[name], classes or (), strict=True):
-            assert len(word) == 3 * LETTERS == len(set(word))
-            if name == "b":
-                for place, value in enumerate(told):
-                    values.setdefault((place, value), set()).add(word[place * LETTERS : (place + 1) * LETTERS])
-    assert len(values) == 6 and all(len(spellings) == 1 for spellings in values.values())
-    letters = "".join(spelling for spellings in values.values() for spelling in spellings)
-    assert len(set(letters)) == len(letters), "a letter stands for two things"
-    for (_, value), (spelling,) in values.items():
-        read[spelling] = int(value)
-    for a, b, c in zip(words["a"], words["b"], words["c"], strict=True):
-        for place in range(0, 3 * LETTERS, LETTERS):
-            first, second, third = (read[word[place : place + LETTERS]] for word in (a, b, c))
-            assert first ^ second == third
 
 
 def test_a_dataset_is_made_once_and_anew_where_it_would_differ(tmp_path: Path) -> None:

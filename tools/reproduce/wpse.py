@@ -279,10 +279,9 @@ def _pmi(lab: Lab, report: Report, found: dict[Any, dict[str, Any]]) -> None:
 # -- XOR ---------------------------------------------------------------------------------------------------------------
 
 XOR_SAMPLES = {"train": 10_000, "val": 1_000, "test": 2_000}
-XOR_STEPS = (800, 300, 10)
+XOR_STEPS = (400, 150, 10)
 XOR_BITS = (1, 3)
-LETTERS = 4
-"""That stand for a bit; each letter is a point."""
+XOR_POINTS = 16
 XOR_FORMS = {"symile": "Symile-WPSE, kernel alone", "pairwise": "pairwise WPSE, kernel alone"}
 
 
@@ -290,51 +289,38 @@ def bits_of(number: int) -> str:
     return f"{number} bit{'s' if number > 1 else ''}"
 
 
-def spelled(bits: NDArray[np.int64]) -> list[str]:
-    """(n, k) bits -> n words; each bit is LETTERS letters that stand for no other bit, and for no other value of it."""
-    first = ord("a") + 2 * LETTERS * np.arange(bits.shape[1])[:, None] + np.arange(LETTERS)
-    letters = first + LETTERS * bits[:, :, None]
-    return ["".join(map(chr, word)) for word in letters.reshape(len(bits), -1).tolist()]
-
-
 def xor_bits_split(bits: int, split: str, count: int) -> Split:
-    """Words of a, b (fair) and c = a XOR b; the class is b."""
+    """a, b fair, c = a XOR b; the class is b."""
     a, b = np.random.Generator(philox("wpse xor", bits, split)).integers(0, 2, (2, count, bits))
-    return {"a": spelled(a), "b": spelled(b), "c": spelled(a ^ b)}, to_words(b)
+    arrays = {"a": a.astype(np.float32), "b": b.astype(np.float32), "c": (a ^ b).astype(np.float32)}
+    return arrays, to_words(b)
 
 
 def _xor_trials(lab: Lab) -> dict[Any, Trial]:
-    """Several bits are learned one after another, and the first could stay alone. Random features add noise to the
-    logits that grows with the points' weights: once those of one bit are large, it punishes those of the others more
-    than their own signal rewards them, and they go to 0, where the product of three has no gradient. So weights are
-    bounded, a scale that is large from the beginning makes up for that, a wide kernel has a signal from the beginning,
-    features are many, and a point sees one bit.
-    """
     samples = {split: count // (10 if lab.tiny else 1) for split, count in XOR_SAMPLES.items()}
     trials: dict[Any, Trial] = {}
     for bits in XOR_BITS[-1:] if lab.tiny else XOR_BITS:
         data = write_dataset(
             lab.data(f"wpse-xor-{bits}{'-tiny' if lab.tiny else ''}"),
-            {"bits": bits, "letters": LETTERS, "samples": samples},
+            {"bits": bits, "samples": samples},
             lambda split, bits=bits: xor_bits_split(bits, split, samples[split]),  # type: ignore[misc]
             list(samples),
         )
-        encoder = {"name": "text_points", "kernel": 1, "dilations": [], "width": 32, "hidden": 32, "largest_weight": 2}
         for form in list(XOR_FORMS)[:1] if lab.tiny else XOR_FORMS:
             for seed in range(lab.seeds):
                 modalities = {
                     name: {
-                        "member": f"{name}.txt",
-                        "decoder": "text",
-                        "transform": "characters",
-                        "encoder": encoder,
+                        "member": f"{name}.npy",
+                        "decoder": "npy",
+                        "transform": "tensor",
+                        "encoder": _encoder(METHODS["gaussian"], "mlp", 32, XOR_POINTS, input_dim=bits),
                     }
                     for name in "abc"
                 }
-                objective = {"form": form, "alphas": [0, 1], "bandwidth": 1.0, "features": lab.size(1024, 1024, 64)}
+                objective = {"form": form, "alphas": [0, 1], "features": lab.size(512, 512, 64)}
                 steps, batch = lab.size(*XOR_STEPS), lab.size(256, 256, 64)
                 content = _config(data, modalities, objective, seed, steps, batch, 16)
-                content["model"]["logit_scale_init"] = 4.0
+                content["optimizer"]["lr"] = 1e-2
                 trials["xor", bits, form, seed] = Trial(lab.config(f"xor{bits}-{form}-seed{seed}", content), best_of)
     return trials
 
