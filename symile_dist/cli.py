@@ -179,8 +179,8 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-
     from symile_dist.tools.evaluate import evaluate_run, format_results
+    from symile_dist.tools.progress import progress_bar, silent
 
     def words(text: str | None) -> list[str] | None:
         return None if text is None else [word.strip() for word in text.split(",") if word.strip() not in ("", "none")]
@@ -188,26 +188,29 @@ def _evaluate(options: argparse.Namespace) -> int:
     recall_at = words(options.recall_at)
     if not all(word.isdecimal() for word in recall_at or []):
         raise ValueError(f"--recall-at {options.recall_at}: should be numbers, such as 1,5,10")
-    results = evaluate_run(
-        options.run,
-        step=options.step,
-        split=options.split,
-        resamples=options.resamples,
-        shards=options.shards,
-        overrides=options.overrides,
-        metrics=words(options.metrics) or [],
-        directions=words(options.directions),
-        recall_at=None if recall_at is None else [int(word) for word in recall_at],
-        zero_shot_file=options.zero_shot,
-        probe=words(options.probe) or [],
-        probe_samples=options.probe_samples,
-        export=options.export,
-        metadata=words(options.metadata) or [],
-        max_samples=options.max_samples,
-        device=options.device,
-        figure=not options.no_figure,
-    )
-    if os.environ.get("RANK", "0") != "0":  # of several processes one tells
+    is_first = os.environ.get("RANK", "0") == "0"  # of several processes one tells
+    with progress_bar(f"evaluating {options.run}") if is_first else contextlib.nullcontext(silent) as progress:
+        results = evaluate_run(
+            options.run,
+            step=options.step,
+            split=options.split,
+            resamples=options.resamples,
+            shards=options.shards,
+            overrides=options.overrides,
+            metrics=words(options.metrics) or [],
+            directions=words(options.directions),
+            recall_at=None if recall_at is None else [int(word) for word in recall_at],
+            zero_shot_file=options.zero_shot,
+            probe=words(options.probe) or [],
+            probe_samples=options.probe_samples,
+            export=options.export,
+            metadata=words(options.metadata) or [],
+            max_samples=options.max_samples,
+            device=options.device,
+            figure=not options.no_figure,
+            progress=progress,
+        )
+    if not is_first:
         return EXIT_OK
     return _print_result(options, results, lambda: format_results(results))
 

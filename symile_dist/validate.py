@@ -132,14 +132,16 @@ def joined(parts: Iterable[HeldOutPart]) -> HeldOut:
 def presence(held_out: HeldOut | HeldOutPart, modalities: Sequence[str]) -> dict[str, Tensor]:
     """Embedding -> (Q,) bool: False where the sample lacks the modality that it is made of (`image` of `image.shared`).
 
-    An embedding that is named after no modality is always there.
+    One that is made of several (`b+c.shared`, of FactorCL's one against the rest) lacks what any of them lacks, and one
+    that is named after no modality is always there.
     """
     number = {name: column for column, name in enumerate(modalities)}
-    always = torch.ones(len(held_out.labels), dtype=torch.bool)
-    return {
-        name: held_out.present[:, number[part]] if (part := name.partition(".")[0]) in number else always
-        for name in held_out.representations
-    }
+    found = {}
+    for name in held_out.representations:
+        parts = name.partition(".")[0].split("+")
+        columns = [number[part] for part in parts] if all(part in number for part in parts) else []
+        found[name] = held_out.present[:, columns].all(dim=1)
+    return found
 
 
 class Validator:
@@ -165,7 +167,7 @@ class Validator:
             self.engine.train(False)
             try:
                 faults: list[Fault] = []
-                batches = _telling(Loader(self.dataset, self.config, 0, self.steps), faults)
+                batches = telling(Loader(self.dataset, self.config, 0, self.steps), faults)
                 engine, size = self.engine, self.config.encoded_at_once
                 forward = partial(gradcache.forward, engine.encode, engine.objective, size=size)
                 held_out = held_out_pass(forward, batches, embeddings_of(engine.module.objective))
@@ -182,7 +184,7 @@ class Validator:
         return values
 
 
-def _telling(batches: Iterable[Batch], faults: list[Fault]) -> Iterator[Batch]:
+def telling(batches: Iterable[Batch], faults: list[Fault]) -> Iterator[Batch]:
     """The batches, their faults collected."""
     for batch in batches:
         faults += batch.faults

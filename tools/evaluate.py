@@ -8,12 +8,14 @@ Alone, or on several processes that torchrun starts, which read, encode and scor
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +30,8 @@ from symile_dist.checkpoint.reshape import consolidated_weights
 from symile_dist.config import Component, Config
 from symile_dist.data.batches import StepDataset
 from symile_dist.data.loader import Loader, open_validation
-from symile_dist.distributed import broadcast_object, rank, world_size
+from symile_dist.distributed import broadcast_object, gather_objects, rank, world_size
+from symile_dist.errors import RunFailed
 from symile_dist.evaluation.bootstrap import bootstrap_mean, resample
 from symile_dist.evaluation.candidates import (
     CandidateLists,
@@ -46,10 +49,11 @@ from symile_dist.evaluation.zero_shot import zero_shot
 from symile_dist.model import TrainingModule
 from symile_dist.run_directory import CONFIG_FILE, load_run
 from symile_dist.similarity import Similarity, towards
-from symile_dist.storage import write_json, write_text
+from symile_dist.storage import read_json, write_json, write_text
 from symile_dist.tools.checkpoints import find_checkpoint
+from symile_dist.tools.progress import Report, silent
 from symile_dist.tools.prompts import ZeroShotTask, encoded_classes, read_task
-from symile_dist.types import Batch, Representation, StepReport
+from symile_dist.types import Batch, Fault, Representation, StepReport
 from symile_dist.validate import (
     HeldOut,
     HeldOutPart,
@@ -59,12 +63,14 @@ from symile_dist.validate import (
     joined,
     presence,
     similarity_of,
+    telling,
 )
 
 METRICS = ("retrieval", "statistics")
 RESULTS = "evaluation"
 """The folder of a run's directory that results are written to."""
 PROBE_SAMPLES = 20_000
+logger = logging.getLogger(__name__)
 
 
 def split_directory(config: Config, split: str) -> str:
@@ -135,11 +141,32 @@ class Trained(NamedTuple):
     device: torch.device
     encoded_at_once: int
 
-    def parts(self, directory: str, max_samples: int | None = None, metadata: Sequence[str] = ()) -> Pass:
-        """One pass over a folder of shards."""
+    def parts(
+        self,
+        directory: str,
+        max_samples: int | None = None,
+        metadata: Sequence[str] = (),
+        progress: Report = silent,
+        stage: str = "encoding",
+    ) -> Pass:
+        """One pass over a folder of shards; the parts raise RunFailed at their end where too much was unreadable."""
         dataset, steps = open_validation(self.config, directory, rank(), max_samples, metadata=metadata)
-        batches: Iterable[Batch] = Loader(dataset, self.config, 0, steps)
-        return Pass(dataset, held_out_parts(self._forward, batches, embeddings_of(self.module.objective)))
+        samples = sum(dataset.populations[0].sizes(0))
+        samples = samples if max_samples is None else min(samples, max_samples)
+        faults: list[Fault] = []
+        batches = telling(Loader(dataset, self.config, 0, steps), faults)
+        made = held_out_parts(self._forward, batches, embeddings_of(self.module.objective))
+
+        def parts() -> Iterator[HeldOutPart]:
+            read = 0
+            progress(stage, 0, steps)
+            for number, part in enumerate(made):
+                read += len(part.labels)
+                yield part
+                progress(stage, number + 1, steps)
+            _tell_unreadable(self.config, directory, faults, read, samples)
+
+        return Pass(dataset, samples, parts())
 
     def _forward(self, batch: Batch, step: int) -> tuple[StepReport, dict[str, Representation]]:
         encode = partial(self.module, step=None)
@@ -148,7 +175,32 @@ class Trained(NamedTuple):
 
 class Pass(NamedTuple):
     dataset: StepDataset
+    samples: int
+    """That can be read, if nothing is damaged."""
     parts: Iterator[HeldOutPart]
+
+
+def _tell_unreadable(config: Config, directory: str, faults: list[Fault], read: int, total: int) -> None:
+    """Warns of samples that could not be read, on any rank; raises RunFailed, on all, where they are too many.
+
+    Figures of a part of a split should not be taken for those of the split.
+    """
+    told = [fault for part in gather_objects(faults) for fault in part]
+    if not told:
+        return
+    words = (
+        f"{directory}: {total - read} of {total} samples could not be read: {'; '.join(map(str, told[:3]))}"
+        f"{f' and {len(told) - 3} more' if len(told) > 3 else ''}"
+    )
+    stop = config.data.on_error == "stop"
+    if stop or total - read > config.data.max_bad_fraction * total:
+        limit = "data.on_error = stop" if stop else f"more than data.max_bad_fraction = {config.data.max_bad_fraction}"
+        raise RunFailed(
+            f"{words}; {limit}. Mend the shards (symile-dist shards verify {directory} names everything that is wrong "
+            "with them), or evaluate what can be read with data.on_error=quarantine data.max_bad_fraction=1"
+        )
+    if rank() == 0:
+        logger.warning("%s", words)
 
 
 def _trained(run: str | Path, step: str, overrides: Sequence[str], device: torch.device) -> tuple[Trained, Path]:
@@ -188,9 +240,10 @@ def evaluate_run(
     max_samples: int | None = None,
     device: str = "auto",
     figure: bool = False,
+    progress: Report = silent,
 ) -> dict[str, Any]:
     """Evaluates a run's checkpoint; writes RUN/evaluation/SPLIT-step-*.json, .md and, on request, .png and .svg, unless
-    all that is asked for is an export.
+    all that is asked for is an export. What stands there of the same samples and step, and is not asked for, stays.
 
     Args:
         step: a number, `latest` or `best` (by validation).
@@ -210,7 +263,8 @@ def evaluate_run(
 
     Returns the results, the same on every process; see docs/evaluation.md for the keys.
 
-    Raises ValueError for a run, step, split or option that does not exist, CheckpointError for a damaged checkpoint.
+    Raises ValueError for a run, step, split or option that does not exist, CheckpointError for a damaged checkpoint,
+    and RunFailed where more samples are unreadable than data.max_bad_fraction, or any with data.on_error = stop.
     """
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:
@@ -222,8 +276,9 @@ def evaluate_run(
             raise ValueError(f"{option} {limit}: should be 1 or more")
     if directions is not None and not directions:
         raise ValueError("--directions names none: --metrics statistics leaves retrieval out")
-    if export is not None and Path(export).is_dir():
-        raise ValueError(f"--export {export}: is a folder; name a file")
+    if export is not None:
+        _check_export(Path(export))
+    metadata = list(dict.fromkeys(metadata))
     where = find_device(device)
     with processes_of_torchrun(where):
         trained, folder = _trained(run, step, [*overrides, *_as_overrides(resamples, directions, recall_at)], where)
@@ -236,8 +291,12 @@ def evaluate_run(
         chosen = section.candidates if "retrieval" in metrics else None
         keys = [key for key in (chosen.query, chosen.positive, chosen.sample) if key] if chosen else []
         directory = shards or split_directory(config, split)
-        found = trained.parts(directory, max_samples, list(dict.fromkeys([*keys, *metadata])))
+        for other in ("train", "validation") if probe else ():
+            split_directory(config, other)
+        found = trained.parts(directory, max_samples, list(dict.fromkeys([*keys, *metadata])), progress)
         manifest = read_manifest(folder)
+        # Of what a user may have got wrong, all that can be told before the pass is told before it.
+        features = None if task is None else _class_features(trained, found.dataset, task)
         results: dict[str, Any] = {
             "run": config.run.name,
             "step": manifest.step,
@@ -246,10 +305,11 @@ def evaluate_run(
         }
         measured = bool(metrics or task or probe)
         if write and measured and rank() == 0:
-            (config.run_directory / RESULTS).mkdir(
-                exist_ok=True
-            )  # what cannot be written should be told before the pass
+            (config.run_directory / RESULTS).mkdir(exist_ok=True)
         parts = _Kept(found.parts, keep=measured)
+        probed = _embeddings_to_probe(parts.names, probe)
+        if embeddings_of(trained.module.objective) is not None and "retrieval" in metrics and parts.names:
+            parse_directions(section.directions, parts.names)
         if export is not None:
             about = {
                 **results,
@@ -265,23 +325,24 @@ def evaluate_run(
             raise ValueError(f"{directory}: none of its samples could be read: symile-dist shards verify {directory}")
         results |= {
             "samples": len(held_out.labels),
+            "unreadable": found.samples - len(held_out.labels),
             "classes": len(set(held_out.labels)),
             "loss": number(held_out.loss),
         }
         bounds = bound_values(trained.module.objective, held_out, config.train.global_batch_size)
         results |= {name: number(value) for name, value in bounds.items()}
         if "retrieval" in metrics:
-            results |= _retrieval(trained, held_out)
+            results |= _retrieval(trained, held_out, progress)
         if "statistics" in metrics:
             results["statistics"] = _statistics(trained, held_out)
-        if task is not None:
-            results["zero_shot"] = _zero_shot(trained, held_out, found.dataset, task)
-        if probe:
-            results["probe"] = _probe(trained, held_out, probe, probe_samples)
+        if task is not None and features is not None:
+            results["zero_shot"] = _zero_shot(trained, held_out, task, *features)
+        if probed:
+            results["probe"] = _probe(trained, held_out, probed, probe_samples, progress)
         results["device"], results["seconds"] = str(where.type), time.perf_counter() - begin
         results = broadcast_object(results)  # the time is each process's own
         if write and measured and rank() == 0:
-            _write(config.run_directory / RESULTS, results, figure)
+            _write(config.run_directory / RESULTS, results, max_samples, figure)
     return results
 
 
@@ -297,11 +358,30 @@ def _words(similarity: Similarity | None) -> str | None:
     return None if similarity is None else type(similarity).__name__
 
 
+PARQUET = b"PAR1"
+"""What such a file begins with."""
+
+
+def _check_export(path: Path) -> None:
+    """Raises ValueError where a file of embeddings cannot be, or something else would be lost."""
+    if path.is_dir():
+        raise ValueError(f"--export {path}: is a folder; name a file")
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            if file.read(len(PARQUET)) != PARQUET:
+                raise ValueError(f"--export {path}: is there, and is no Parquet file; name another file")
+
+
 class _Kept:
     """The parts of a pass as they come, which are kept on the way."""
 
+    names: list[str]
+    """Of the embeddings, which the first part tells."""
+
     def __init__(self, parts: Iterator[HeldOutPart], keep: bool) -> None:
-        self._parts, self._keep = parts, keep
+        first = next(parts, None)
+        self.names = [] if first is None else list(first.representations)
+        self._parts, self._keep = parts if first is None else chain([first], parts), keep
         self._seen: list[HeldOutPart] = []
 
     def __iter__(self) -> Iterator[HeldOutPart]:
@@ -327,8 +407,10 @@ def _export(
 ) -> dict[str, Any]:
     population = dataset.populations[0]
     names = [shard.name for shard in population.manifest.shards]
+    keys: set[str] = set()
 
     def rows(part: HeldOutPart) -> EmbeddingRows:
+        keys.update(*part.metadata)
         ids = part.sample_ids.numpy()
         numbers = np.searchsorted(population.shard_ids, ids, side="right") - 1
         return EmbeddingRows(
@@ -343,12 +425,15 @@ def _export(
 
     if rank() == 0:
         count = write_embeddings(path, map(rows, parts), about, metadata)
+        for key in metadata:
+            if key not in keys:
+                logger.warning("--metadata %s: no sample's metadata has it; the column is empty", key)
     else:  # the others only take part in the pass
         count = sum(len(part.labels) for part in parts)
     return {"path": str(path), "samples": count}
 
 
-def _retrieval(trained: Trained, held_out: HeldOut) -> dict[str, Any]:
+def _retrieval(trained: Trained, held_out: HeldOut, progress: Report) -> dict[str, Any]:
     section, similarity = trained.config.evaluation, similarity_of(trained.module.objective)
     protocol = "all" if section.candidates is None else "candidates"
     if similarity is None:
@@ -364,12 +449,15 @@ def _retrieval(trained: Trained, held_out: HeldOut) -> dict[str, Any]:
     found = {}
     classes = class_numbers(held_out.labels)
     lists = _lists(trained.config, held_out) if section.candidates else None
-    for direction in parse_directions(section.directions, list(vectors)):
+    wanted = parse_directions(section.directions, list(vectors))
+    for number_of, direction in enumerate(wanted):
+        progress("retrieval", number_of, len(wanted))
         if lists is not None:
             result = retrieve_among(similarity, vectors, direction, lists, **options)
         else:
             result = retrieve(similarity, vectors, direction, classes, **options, across_ranks=True)
         found[str(direction)] = result.as_dict()
+    progress("retrieval", len(wanted), len(wanted))
     left_out = {"queries_left_out": lists.left_out} if lists is not None else {}
     return {"protocol": protocol, **left_out, "retrieval": found}
 
@@ -403,8 +491,9 @@ def _statistics(trained: Trained, held_out: HeldOut) -> dict[str, Any]:
     return broadcast_object({"embeddings": of_each, "alignment": of_pairs})
 
 
-def _zero_shot(trained: Trained, held_out: HeldOut, dataset: StepDataset, task: ZeroShotTask) -> dict[str, Any]:
-    objective, section = trained.module.objective, trained.config.evaluation
+def _class_features(trained: Trained, dataset: StepDataset, task: ZeroShotTask) -> tuple[Tensor, bool]:
+    """(C, D) of the classes, and whether they are L2-normalised."""
+    objective = trained.module.objective
     similarity = similarity_of(objective)
     if similarity is None:
         raise ValueError("zero-shot classification: this objective does not compare representations across modalities")
@@ -412,6 +501,14 @@ def _zero_shot(trained: Trained, held_out: HeldOut, dataset: StepDataset, task: 
     if normalize is None:
         normalize = bool(getattr(similarity, "normalize", False)) or trained.config.model.normalization == "l2"
     features = encoded_classes(task, dataset, trained.module, embeddings_of(objective), normalize, trained.device)
+    return features, normalize
+
+
+def _zero_shot(
+    trained: Trained, held_out: HeldOut, task: ZeroShotTask, features: Tensor, normalize: bool
+) -> dict[str, Any]:
+    section, similarity = trained.config.evaluation, similarity_of(trained.module.objective)
+    assert similarity is not None, "without one there are no features"
     known = {label: number for number, label in enumerate(task.labels)}
     numbers = torch.tensor([known.get(label, -1) for label in held_out.labels], dtype=torch.int64)
     if not (numbers >= 0).any():
@@ -437,24 +534,45 @@ def _zero_shot(trained: Trained, held_out: HeldOut, dataset: StepDataset, task: 
     return found
 
 
-def _probe(trained: Trained, held_out: HeldOut, names: Sequence[str], max_samples: int) -> dict[str, Any]:
+def _embeddings_to_probe(known: Sequence[str], wanted: Sequence[str]) -> dict[str, list[str]]:
+    """What is asked for -> the embeddings that it puts side by side. Raises ValueError for one that is not there."""
+    if list(wanted) == ["all"]:
+        return {name: [name] for name in known}
+    return {name: _side_by_side(known, name, name.split("+")) for name in wanted}
+
+
+def _side_by_side(known: Sequence[str], name: str, words: list[str]) -> list[str]:
+    """"a+b+c.shared" -> "a", "b+c.shared", where that is the name of an embedding; as many words at a time as can be."""
+    found: list[str] = []
+    while words:
+        sizes = [size for size in range(len(words), 0, -1) if "+".join(words[:size]) in known]
+        if not sizes:
+            raise ValueError(
+                f"--probe {name}: there is no such embedding; choose some of {', '.join(known)}, or all"
+            )
+        found.append("+".join(words[: sizes[0]]))
+        words = words[sizes[0] :]
+    return found
+
+
+def _probe(
+    trained: Trained, held_out: HeldOut, wanted: dict[str, list[str]], max_samples: int, progress: Report
+) -> dict[str, Any]:
     """Logistic regression from the embeddings to the label: trained on the training split, C chosen on validation."""
     config = trained.config
-    known = list(held_out.representations)
-    wanted = known if list(names) == ["all"] else list(names)
-    for part in "+".join(wanted).split("+"):
-        if part not in known:
-            raise ValueError(f"--probe {part}: there is no such embedding; choose some of {', '.join(known)}, or all")
     splits = [
-        joined(trained.parts(split_directory(config, "train"), max_samples).parts),
-        joined(trained.parts(split_directory(config, "validation")).parts),
+        joined(trained.parts(split_directory(config, "train"), max_samples, (), progress, "encoding train").parts),
+        joined(
+            trained.parts(split_directory(config, "validation"), None, (), progress, "encoding validation").parts
+        ),
         held_out,
     ]
     if rank() > 0:
         return broadcast_object({})
     found = {}
-    for name in wanted:
-        train, validation, test = (_probed(split, name.split("+"), list(config.modalities)) for split in splits)
+    for done, (name, parts) in enumerate(wanted.items()):
+        progress("probes", done, len(wanted))
+        train, validation, test = (_probed(split, parts, list(config.modalities)) for split in splits)
         result = logistic_probe(train, validation, test)
         hits = torch.from_numpy(result.hits).double()
         spread = bootstrap_mean(hits, resample(len(hits), config.evaluation.resamples, config.seed))
@@ -482,14 +600,47 @@ def _probed(split: HeldOut, names: Sequence[str], modalities: Sequence[str]) -> 
     return Split(vectors.numpy(), np.asarray(split.labels)[there.numpy()])
 
 
-def _write(folder: Path, results: dict[str, Any], figure: bool) -> None:
-    name = f"{results['split']}-{folder_name(results['step'])}"
-    rows = list(results.get("retrieval", {}).values())
-    if figure and any(row["accuracy"] is not None for row in rows):
+def _write(folder: Path, results: dict[str, Any], max_samples: int | None, figure: bool) -> None:
+    """Writes RUN/evaluation/SPLIT-step-N.json, .md and the figures, beside what else was measured of these samples."""
+    split = results["split"] if max_samples is None else f"{results['split']}-first-{max_samples}"
+    name = f"{split}-{folder_name(results['step'])}"
+    earlier = _earlier(folder / f"{name}.json")
+    if earlier.get("shards", results["shards"]) != results["shards"]:  # another folder of that name
+        name = f"{split}-{hashlib.sha256(results['shards'].encode()).hexdigest()[:8]}-{folder_name(results['step'])}"
+        earlier = _earlier(folder / f"{name}.json")
+    figures = [folder / f"{name}.{suffix}" for suffix in ("png", "svg")]
+    if "retrieval" in results:
+        for file in figures:
+            file.unlink(missing_ok=True)
+        earlier.pop("figures", None)
+    whole = _together(earlier, results)
+    rows = list(whole.get("retrieval", {}).values())
+    if figure and "retrieval" in results and any(row["accuracy"] is not None for row in rows):
         title = f"{results['run']}, step {results['step']}, {results['split']} split"
-        results["figures"] = [str(file) for file in draw_retrieval(rows, title, folder / name, ("png", "svg"))]
-    write_json(folder / f"{name}.json", results)
-    write_text(folder / f"{name}.md", format_results(results) + "\n")
+        draw_retrieval(rows, title, folder / name, ("png", "svg"))
+        results["figures"] = whole["figures"] = list(map(str, figures))
+    write_json(folder / f"{name}.json", whole)
+    write_text(folder / f"{name}.md", format_results(whole) + "\n")
+
+
+def _earlier(file: Path) -> dict[str, Any]:
+    try:
+        found = read_json(file)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _together(earlier: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """Results, and what an earlier evaluation of the same weights and samples has found besides."""
+    if any(earlier.get(key) != results[key] for key in ("run", "step", "shards", "samples", "loss")):
+        return dict(results)
+    whole = {**earlier, **results}
+    if "retrieval" in results and earlier.get("protocol") == results["protocol"]:
+        rows = {**earlier["retrieval"], **results["retrieval"]}
+        if len({tuple(row["recall"]) for row in rows.values()}) == 1:  # else they make no table
+            whole["retrieval"] = rows
+    return whole
 
 
 __all__ = ["METRICS", "evaluate_run", "find_checkpoint", "format_results", "load_trained", "split_directory"]

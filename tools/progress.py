@@ -10,6 +10,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 
+Report = Callable[[str, int, int], None]
+"""Called with (part, done, total)."""
+
+
+def silent(part: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
 class _SpeedColumn(ProgressColumn):
     """How many a second."""
 
@@ -19,7 +27,7 @@ class _SpeedColumn(ProgressColumn):
 
 
 @contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(title: str) -> Iterator[Report]:
     """Yields `report(part, done, total)`, drawn on the terminal's standard error."""
     console = Console(stderr=True)
     columns = (

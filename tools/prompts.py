@@ -134,7 +134,13 @@ def encoded_classes(
     features = []
     with torch.no_grad():
         for first in range(0, len(prompts), PROMPTS_AT_ONCE):
-            tensors = [reader(prompt.encode(), None) for prompt in prompts[first : first + PROMPTS_AT_ONCE]]
+            try:
+                tensors = [reader(prompt.encode(), None) for prompt in prompts[first : first + PROMPTS_AT_ONCE]]
+            except ValueError as error:
+                raise ValueError(
+                    f"zero-shot classification: '{task.text}' cannot read prompts ({error}); `text` should name a "
+                    "modality of texts"
+                ) from None
             inputs = _inputs(tensors, reader.variable_length, device)
             there = torch.ones(len(tensors), dtype=torch.bool, device=device)
             emitted: Any = {name: _repeated(other, len(tensors)) for name, other in others.items()}

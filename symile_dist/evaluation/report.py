@@ -14,9 +14,10 @@ SPREAD = "bootstrap mean ± SE"
 
 def format_results(results: Mapping[str, Any]) -> str:
     """What `tools.evaluate.evaluate_run` returns, as Markdown that can be read as it is."""
+    unreadable = f" ({results['unreadable']} more could not be read)" if results.get("unreadable") else ""
     parts = [
-        f"run {results['run']}, step {results['step']}, {results['split']} split: {results['samples']} samples of "
-        f"{results['classes']} classes (chance {1 / results['classes']:.3f})",
+        f"run {results['run']}, step {results['step']}, {results['split']} split: {results['samples']} samples"
+        f"{unreadable} of {results['classes']} classes (chance {1 / results['classes']:.3f})",
         *_retrieval(results),
     ]
     if results.get("zero_shot"):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from symile_dist.cli import main
 from symile_dist.config import Config, parse_config
 from symile_dist.data.manifest import index_directory
+from symile_dist.errors import RunFailed
 from symile_dist.evaluation.embeddings import load_embeddings
 from symile_dist.evaluation.probe import Split, logistic_probe
 from symile_dist.evaluation.retrieval import class_numbers, directions, retrieve
@@ -364,9 +365,10 @@ def test_prompts_reach_embeddings_that_take_all_modalities(named: Path, tmp_path
     """Those of Symile-WPSE depend on a modality's place among the others."""
     run, _ = text_run(named, tmp_path, f"objective.name={__name__}:Placed")
     file = write_yaml(tmp_path, queries=["a"])
+    Placed.seen.clear()
     results = evaluate_run(run, split="train", zero_shot_file=file, metrics=())
     assert results["zero_shot"]["a"]["accuracy"] is not None
-    assert Placed.seen[-1] == [("a", False), ("b", False), ("t", True)]
+    assert Placed.seen[0] == [("a", False), ("b", False), ("t", True)], "the prompts come before the samples"
 
 
 class Placed(Parts):
@@ -376,6 +378,101 @@ class Placed(Parts):
         differ = {name: bool((vectors != vectors[:1]).any()) for name, vectors in representations.items()}
         self.seen.append(list(differ.items()))
         return dict(representations)
+
+
+# -- what is written, and what could not be read -----------------------------------------------------------------------
+
+
+def test_a_later_evaluation_leaves_the_earlier_results(data: Path, run: Path, tmp_path: Path) -> None:
+    folder = run / "evaluation"
+    evaluate_run(run, figure=True)
+    evaluate_run(run, metrics=["statistics"], max_samples=5)
+    assert json.loads((folder / "test-first-5-step-00000004.json").read_text())["samples"] == 5
+    evaluate_run(run, metrics=(), probe=["a"])
+    results = json.loads((folder / "test-step-00000004.json").read_text())
+    assert {"retrieval", "statistics", "probe"} <= set(results) and results["samples"] == SAMPLES
+    assert (folder / "test-step-00000004.png").exists() and len(results["retrieval"]) == len(directions(list("abc")))
+    text = (folder / "test-step-00000004.md").read_text()
+    assert "linear probe" in text and "a from b + c" in text
+    evaluate_run(run, metrics=["retrieval"], directions=["a_from_b"], resamples=3)
+    results = json.loads((folder / "test-step-00000004.json").read_text())
+    assert len(results["retrieval"]) == len(directions(list("abc")))
+    assert not (folder / "test-step-00000004.png").exists(), "a figure of other results than the table's"
+    # Another folder of the same name: neither takes the other's place.
+    other = write_shards(tmp_path / "test", (8,))
+    index_directory(other)
+    evaluate_run(run, metrics=["statistics"], shards=str(other))
+    assert json.loads((folder / "test-step-00000004.json").read_text())["samples"] == SAMPLES
+    (beside,) = [file for file in folder.glob("test-*-step-*.json") if "first" not in file.name]
+    assert json.loads(beside.read_text())["samples"] == 8
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """Of 20 samples the last four cannot be read."""
+    folder = tmp_path / "damaged"
+    index_directory(write_shards(folder, (16, 4)))
+    shard = folder / "shard-00001.tar"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    return folder
+
+
+def test_figures_of_a_part_are_not_taken_for_those_of_the_split(
+    damaged: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    export = tmp_path / "e.parquet"
+    command = ["evaluate", str(run), "--shards", str(damaged), "--metrics", "statistics", "--export", str(export)]
+    assert main(command) == 1
+    assert "4 of 20 samples could not be read" in capsys.readouterr().err
+    assert not export.exists() and not list((run / "evaluation").iterdir())
+    assert main([*command, "data.max_bad_fraction=1"]) == 0
+    assert "16 samples (4 more could not be read)" in capsys.readouterr().out
+    assert "4 of 20 samples could not be read" in caplog.text
+    assert load_embeddings(export).vectors["a"].shape[0] == 16
+    (file,) = (run / "evaluation").glob("*.json")
+    assert json.loads(file.read_text())["unreadable"] == 4
+    with pytest.raises(RunFailed, match=r"data\.on_error = stop"):
+        evaluate_run(run, shards=str(damaged), overrides=["data.max_bad_fraction=1", "data.on_error=stop"])
+
+
+def test_progress_is_told(run: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    evaluate_run(run, probe=["a"], progress=lambda *told: seen.append(told))
+    assert {stage for stage, _, _ in seen} == {
+        "encoding",
+        "encoding train",
+        "encoding validation",
+        "retrieval",
+        "probes",
+    }
+    of_pass = [done for stage, done, _ in seen if stage == "encoding"]
+    assert of_pass == list(range(len(of_pass))) and seen[0][2] == of_pass[-1]
+
+
+def test_names_that_hold_a_plus(data: Path, tmp_path: Path) -> None:
+    """FactorCL's one against the rest: `b+c` is one embedding, not b beside c."""
+    lacks = [f"data.test={data / 'lacking'}", "data.require=1"]
+    config = configured(data, tmp_path, f"objective.name={__name__}:OneAgainstTheRest", *lacks)
+    file = tmp_path / "e.parquet"
+    results = evaluate_run(untrained_run(config), export=file, probe=["b+c.shared", "a.shared+b+c.shared"], metrics=())
+    found = load_embeddings(file).vectors
+    lacking = np.isnan(found["b+c.shared"]).any(axis=1)
+    assert lacking.nonzero()[0].tolist() == sorted(LACKING), "a sample that lacks b or c has no b+c"
+    there = ~lacking & ~np.isnan(found["a.shared"]).any(axis=1)
+    assert results["probe"]["b+c.shared"]["samples"]["test"] == (~lacking).sum()
+    assert results["probe"]["a.shared+b+c.shared"]["samples"]["test"] == there.sum()
+    with pytest.raises(ValueError, match=r"--probe a\.shared\+c\.shared: there is no such embedding"):
+        evaluate_run(config.run_directory, probe=["a.shared+c.shared"])
+
+
+class OneAgainstTheRest(Parts):
+    similarity = None
+
+    def embeddings(self, representations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            "a.shared": representations["a"],
+            "b+c.shared": torch.cat([representations["b"], representations["c"]], dim=1)[:, :7],
+        }
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -391,6 +488,7 @@ def test_mistakes_are_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"probe": ["a"], "probe_samples": 0}, "--probe-samples 0: should be 1 or more"),
         ({"directions": []}, "--directions names none"),
         ({"export": run, "metrics": ()}, "is a folder; name a file"),
+        ({"export": run / "run.json", "metrics": ()}, "is no Parquet file; name another file"),
         ({"device": "tpu"}, "should be auto, cpu or cuda"),
         ({"probe": ["d"]}, "--probe d: there is no such embedding; choose some of a, b, c, or all"),
         ({"step": "3"}, "no checkpoint of step 3; there are: 4"),

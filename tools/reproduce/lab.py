@@ -11,11 +11,8 @@ from typing import Any
 import yaml
 
 from symile_dist.config import Config, parse_config
-from symile_dist.tools.reproduce.trial import Report, Trial, run_trials
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
+from symile_dist.tools.progress import Report, silent
+from symile_dist.tools.reproduce.trial import Trial, run_trials
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,9 @@ from symile_dist.rank import train_rank
 from symile_dist.run_directory import CONFIG_FILE, load_run, prepare, update_run
 from symile_dist.storage import read_json, write_json
 from symile_dist.tools.evaluate import evaluate_run
+from symile_dist.tools.progress import Report
 
 TRIAL_FILE = "trial.json"
-Report = Callable[[str, int, int], None]
-"""Called with (stage, done, total)."""
 
 
 @dataclass(frozen=True)
