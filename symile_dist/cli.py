@@ -8,9 +8,11 @@ import gc
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -564,32 +566,59 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from symile_dist.tools.progress import progress_bar
-    from symile_dist.tools.reproduce.experiments import default_out, reproduce, show, summarize
-    from symile_dist.tools.reproduce.lab import Lab
-    from symile_dist.tools.reproduce.names import EXPERIMENTS
+    from symile_dist.tools.reproduce.names import EXPERIMENTS, MAX_SEEDS, folder_of
     from symile_dist.tools.reproduce.publish import check_page, publish
 
-    if options.publish:
-        check_page(Path(options.publish))
     if any(number is not None and number < 1 for number in (options.seeds, options.processes)):
         raise ValueError("--seeds and --processes should be 1 or more")
-    out = Path(options.out) if options.out else default_out(options.quick)
+    if (options.seeds or 1) > MAX_SEEDS:
+        raise ValueError(f"--seeds {options.seeds}: should be {MAX_SEEDS} or less")
+    out = folder_of(options.out, options.quick)
+    if options.publish is not None:
+        check_page(Path(options.publish))
+
+    from symile_dist.tools.progress import progress_bar
+    from symile_dist.tools.reproduce.experiments import check_folder, reproduce, show, summarize
+    from symile_dist.tools.reproduce.lab import Lab
+
+    labs = [
+        Lab(out.absolute(), name, quick=options.quick).with_options(options.seeds, options.processes)
+        for name in (EXPERIMENTS if options.name == "all" else [options.name])
+    ]
+    for lab in labs:
+        check_folder(lab)
     results = []
-    for name in EXPERIMENTS if options.name == "all" else [options.name]:
-        with contextlib.redirect_stdout(sys.stderr), progress_bar(name) as progress:  # DeepSpeed prints there too
-            lab = Lab(out.absolute(), name, quick=options.quick, progress=progress)
-            lab = lab.with_options(options.seeds, options.processes)
-            results.append(reproduce(lab))
+    for lab in labs:
+        with (
+            contextlib.redirect_stdout(sys.stderr),  # DeepSpeed prints there too
+            progress_bar(lab.name) as progress,
+            _ended_by_sigterm("the same command again goes on from the newest checkpoints"),
+        ):
+            results.append(reproduce(replace(lab, progress=progress)))
         if not options.json:
             _print_result(options, None, lambda: show(results[-1]))
-    if options.publish:
+    if options.publish is not None:
         publish(out, Path(options.publish))
     if options.json:
         _print_json([result.data for result in results] if options.name == "all" else results[0].data)
     elif options.name == "all":
         _print_result(options, None, lambda: summarize(results))
     return EXIT_OK if all(result.report.holds for result in results) else EXIT_FAILED
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm(words: str) -> Iterator[None]:
+    """SIGTERM ends what is within as an exception does, so that nothing is left behind, with exit code 75."""
+
+    def end(number: int, frame: object) -> None:
+        print(f"terminated; {words}", file=sys.stderr)
+        raise SystemExit(EXIT_PREEMPTED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _chaos(options: argparse.Namespace) -> int:

@@ -160,10 +160,10 @@ class Trained(NamedTuple):
         def parts() -> Iterator[HeldOutPart]:
             read = 0
             progress(stage, 0, steps)
-            for number, part in enumerate(made):
+            for done, part in enumerate(made, 1):
                 read += len(part.labels)
                 yield part
-                progress(stage, number + 1, steps)
+                progress(stage, done, steps)
             _tell_unreadable(self.config, directory, faults, read, samples)
 
         return Pass(dataset, samples, parts())
@@ -542,14 +542,12 @@ def _embeddings_to_probe(known: Sequence[str], wanted: Sequence[str]) -> dict[st
 
 
 def _side_by_side(known: Sequence[str], name: str, words: list[str]) -> list[str]:
-    """"a+b+c.shared" -> "a", "b+c.shared", where that is the name of an embedding; as many words at a time as can be."""
+    """The embeddings of which "a+b+c.shared" is made: the longest names that are known, from the left."""
     found: list[str] = []
     while words:
         sizes = [size for size in range(len(words), 0, -1) if "+".join(words[:size]) in known]
         if not sizes:
-            raise ValueError(
-                f"--probe {name}: there is no such embedding; choose some of {', '.join(known)}, or all"
-            )
+            raise ValueError(f"--probe {name}: there is no such embedding; choose some of {', '.join(known)}, or all")
         found.append("+".join(words[: sizes[0]]))
         words = words[sizes[0] :]
     return found
@@ -562,9 +560,7 @@ def _probe(
     config = trained.config
     splits = [
         joined(trained.parts(split_directory(config, "train"), max_samples, (), progress, "encoding train").parts),
-        joined(
-            trained.parts(split_directory(config, "validation"), None, (), progress, "encoding validation").parts
-        ),
+        joined(trained.parts(split_directory(config, "validation"), None, (), progress, "encoding validation").parts),
         held_out,
     ]
     if rank() > 0:

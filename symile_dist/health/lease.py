@@ -155,7 +155,9 @@ def locked(directory: Path) -> Iterator[Lease]:
 
 def _refusal(directory: Path, holder: dict[str, Any]) -> ValueError:
     who = f"process {holder['process']} on {holder['host']}" if "process" in holder else "another process"
-    return ValueError(f"{directory}: {who} trains here already; stop it first, or choose another run.directory")
+    return ValueError(
+        f"{directory}: {who} trains here already; stop it first, or choose another folder (run.directory, --out)"
+    )
 
 
 def _lives_elsewhere(path: Path, holder: dict[str, Any]) -> bool:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import shutil
+import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -88,16 +91,55 @@ def test_a_dataset_is_made_once_and_anew_where_it_would_differ(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["data"], "something was left behind"
 
 
-def test_a_dataset_that_another_experiment_made_meanwhile_is_left_to_it(tmp_path: Path) -> None:
-    def split_of(split: str) -> Split:
-        return {"x": np.zeros((3, 1), dtype=np.float32)}, None
+def one_column(split: str) -> Split:
+    return {"x": np.zeros((3, 1), dtype=np.float32)}, None
 
+
+@pytest.mark.parametrize("damage", ["a shard is gone", "a shard is cut", "parameters.json is none"])
+def test_a_damaged_dataset_is_made_anew(damage: str, tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "data", {}, one_column, ["train"])
+    shard = folder / "train" / "shard-00000.tar"
+    whole = shard.read_bytes()
+    if damage == "a shard is gone":
+        shard.unlink()
+    elif damage == "a shard is cut":
+        shard.write_bytes(whole[: len(whole) // 2])
+    else:
+        (folder / "parameters.json").write_text("{")
+    write_dataset(tmp_path / "data", {}, one_column, ["train"])
+    assert shard.stat().st_size == len(whole) and read_manifest(folder / "train").samples == 3
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds something that is not this dataset; name another folder by --out"):
+        write_dataset(tmp_path / "data", {}, one_column, ["train"])
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["thesis.txt"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for pid in (gone.pid, os.getppid()):
+        (tmp_path / f".data.building-{pid}").mkdir()
+    write_dataset(tmp_path / "data", {}, one_column, ["train"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".data.building-{os.getppid()}", "data"]
+
+
+def test_the_making_of_data_shows_progress(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    write_dataset(tmp_path / "data", {}, one_column, ["train"], lambda *told: seen.append(told))
+    assert seen == [("making data", 0, 3), ("making data", 3, 3)]
+
+
+def test_a_dataset_that_another_experiment_made_meanwhile_is_left_to_it(tmp_path: Path) -> None:
     made = []
 
     def make_meanwhile(split: str) -> Split:
-        shutil.copytree(write_dataset(tmp_path / "other", {}, split_of, ["train"]), tmp_path / "data")
+        shutil.copytree(write_dataset(tmp_path / "other", {}, one_column, ["train"]), tmp_path / "data")
         made.append((tmp_path / "data" / "train" / "shard-00000.tar").stat().st_ino)
-        return split_of(split)
+        return one_column(split)
 
     write_dataset(tmp_path / "data", {}, make_meanwhile, ["train"])
     assert [(tmp_path / "data" / "train" / "shard-00000.tar").stat().st_ino] == made, "was replaced under its reader"
@@ -157,6 +199,9 @@ def test_all_results_become_one_page(tmp_path: Path) -> None:
         ["xor", "--processes", "-1"],
         ["xor", "--publish", "results"],
         ["xor", "--publish", str(Path(__file__).parent)],
+        ["xor", "--publish", "/proc/results.md"],
+        ["xor", "--publish", str(Path(__file__) / "results.md")],
+        ["xor", "--seeds", "1000000000"],
         ["nothing"],
     ],
 )
@@ -168,6 +213,48 @@ def test_a_mistake_is_told_before_anything_starts(
     assert ended.value.code == 2
     assert not (tmp_path / "out").exists()
     assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("out", "words"), [("", "should name a folder"), (__file__, "is a file, not a folder")])
+def test_a_folder_that_cannot_be_one(out: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "xor", "--out", out]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("smaller", [["--quick", "--seeds", "3"], ["--seeds", "2"]])
+def test_results_are_not_replaced_by_smaller_ones(
+    smaller: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(xor, "run", lambda lab: report())
+    main(["reproduce", "xor", "--out", str(tmp_path)])
+    before = (tmp_path / "xor" / "results.json").read_bytes()
+    for name in ("xor", "all"):
+        assert main(["reproduce", name, *smaller, "--out", str(tmp_path)]) == 2
+        assert "holds what `symile-dist reproduce xor` has found, with 3 seeds; name another" in capsys.readouterr().err
+    assert (tmp_path / "xor" / "results.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["xor"]
+    main(["reproduce", "xor", "--seeds", "4", "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "xor" / "results.json").read_text())["seeds"] == 4, "more seeds may take their place"
+
+
+def test_sigterm_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(lab: Lab) -> Report:
+        def make(split: str) -> Split:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return one_column(split)
+
+        lab.dataset("data", {}, make, ["train"])
+        return report()
+
+    monkeypatch.setattr(xor, "run", ended)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as code:
+        main(["reproduce", "xor", "--out", str(tmp_path)])
+    assert code.value.code == 75 and "the same command again goes on" in capsys.readouterr().err
+    assert not list((tmp_path / "data").glob("*")) and not list((tmp_path / "data").glob(".*"))
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("error", [RunStopped, RunFailed])

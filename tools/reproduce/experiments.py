@@ -17,7 +17,7 @@ from rich.table import Table
 
 import symile_dist
 from symile_dist.health.lease import locked
-from symile_dist.storage import write_json, write_text
+from symile_dist.storage import read_json, write_json, write_text
 from symile_dist.tools.reproduce.lab import Lab
 from symile_dist.tools.reproduce.names import EXPERIMENTS
 from symile_dist.tools.reproduce.report import Report, markdown
@@ -36,13 +36,29 @@ class Outcome:
         return {**self.report.data, **self.how}
 
 
+def check_folder(lab: Lab) -> None:
+    """Raises ValueError where OUT/NAME holds results of more than is asked for, or of another size: they would be lost,
+    and their trials done in vain."""
+    try:
+        there = read_json(lab.folder / "results.json")
+        seeds, quick, made_by = int(there["seeds"]), bool(there["quick"]), there["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if seeds > lab.seeds or quick != lab.quick:
+        raise ValueError(
+            f"{lab.folder}: holds what `{made_by}` has found, with {seeds} seed{'s' if seeds > 1 else ''}; name "
+            "another folder by --out, or remove this one"
+        )
+
+
 def reproduce(lab: Lab) -> Outcome:
     """Runs an experiment and writes OUT/NAME/results.json, results.md and its figures.
 
     What an earlier call has finished in the same folder is not done again.
 
-    Raises ValueError for a user's mistake, RunFailed where a trial's process is killed.
+    Raises ValueError for a user's mistake and as `check_folder` does, RunFailed where a trial's process is killed.
     """
+    check_folder(lab)
     module, _, function = EXPERIMENTS[lab.name].partition(":")
     lab.folder.mkdir(parents=True, exist_ok=True)
     with locked(lab.folder):
@@ -74,10 +90,6 @@ def command(lab: Lab) -> str:
     words += ["--quick"] if lab.quick else []
     words += [f"--seeds {lab.seeds}"] if lab.seeds != default else []
     return " ".join(words)
-
-
-def default_out(quick: bool) -> Path:
-    return Path("runs/reproduce-quick" if quick else "runs/reproduce")
 
 
 def show(outcome: Outcome) -> Group:

@@ -30,7 +30,7 @@ from symile_dist.tools.reproduce.report import (
     new_figure,
     save_figure,
 )
-from symile_dist.tools.reproduce.samples import PARAMETERS, Split, write_dataset
+from symile_dist.tools.reproduce.samples import PARAMETERS, Split
 from symile_dist.tools.reproduce.trial import Trial
 
 
@@ -193,7 +193,7 @@ def _dataset(lab: Lab, label: tuple[str, ...]) -> Path:
     samples = {"train": lab.size(24_000, 24_000, 256), "test": lab.size(6_000, 6_000, 64)}
     parameters = {"seed": 0, "samples": samples, "label": list(label)}
     name = f"factorcl-{'all' if len(label) > 1 else label[0]}{'-tiny' if lab.tiny else ''}"
-    return write_dataset(lab.data(name), parameters, lambda split: synthetic(parameters, split), list(samples))
+    return lab.dataset(name, parameters, lambda split: synthetic(parameters, split), list(samples))
 
 
 def _config(lab: Lab, method: str, seed: int) -> dict[str, Any]:

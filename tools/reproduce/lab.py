@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from typing import Any
 import yaml
 
 from symile_dist.config import Config, parse_config
+from symile_dist.errors import RunFailed, RunStopped
 from symile_dist.tools.progress import Report, silent
+from symile_dist.tools.reproduce.samples import Split, write_dataset
 from symile_dist.tools.reproduce.trial import Trial, run_trials
 
 
@@ -44,6 +46,12 @@ class Lab:
         """The folder of a dataset."""
         return self.out / "data" / name
 
+    def dataset(
+        self, name: str, parameters: Mapping[str, Any], make: Callable[[str], Split], splits: Sequence[str]
+    ) -> Path:
+        """The folder of a dataset of synthetic samples, made where it is not there: see `write_dataset`."""
+        return write_dataset(self.data(name), parameters, make, splits, self.progress)
+
     def config(self, run: str, content: dict[str, Any]) -> Config:
         """The config of a trial, checked as any config is."""
         directory = self.folder / "runs" / run
@@ -51,7 +59,12 @@ class Lab:
         return parse_config(yaml.safe_dump(whole, sort_keys=False), run).config.with_absolute_paths()
 
     def run(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
-        found = run_trials(trials, self.processes, self.progress)
+        try:
+            found = run_trials(trials, self.processes, self.progress)
+        except (RunFailed, RunStopped) as error:
+            raise type(error)(
+                f"{error} (the data are in {self.data('')}: what is removed there is made anew)"
+            ) from None
         self.seconds.extend(result["seconds"] for result in found)
         return found
 

@@ -24,7 +24,6 @@ from symile_dist.tools.reproduce.report import (
     new_figure,
     save_figure,
 )
-from symile_dist.tools.reproduce.samples import write_dataset
 from symile_dist.tools.reproduce.trial import Trial, best_of
 from symile_dist.tools.reproduce.xor import BITS, DIRECTION, SAMPLES, bits_config, xor_split
 
@@ -51,8 +50,8 @@ def run(lab: Lab) -> Report:
     """Trains on samples that lack modalities, tests on whole ones."""
     xor_steps = lab.size(1000, 400, 40)
     samples = {split: count // (10 if lab.tiny else 1) for split, count in SAMPLES.items()}
-    folder = write_dataset(
-        lab.data(f"xor-1.0{'-tiny' if lab.tiny else ''}"),
+    folder = lab.dataset(
+        f"xor-1.0{'-tiny' if lab.tiny else ''}",
         {"p_hat": 1.0, "bits": BITS, "samples": samples},
         lambda split: xor_split(1.0, samples[split], split),
         list(SAMPLES),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -18,11 +19,15 @@ where these ran, and Symile-MIMIC needs credentials; docs/presets.md has the con
 
 
 def check_page(page: Path) -> None:
-    """Raises ValueError for what cannot be a page with a folder of figures beside it."""
+    """Raises ValueError for what cannot be a page with a folder of figures beside it, or cannot be written there."""
     if page.suffix != ".md" or page.is_dir():
         raise ValueError(f"{page}: should be a file named like docs/results.md")
     if page.with_suffix("").exists() and not page.with_suffix("").is_dir():
         raise ValueError(f"{page.with_suffix('')}: is a file; the page's figures need a folder of that name")
+    there = next(parent for parent in page.absolute().parents if parent.exists())
+    # Of a file system that takes no files (/proc) the mode tells root nothing.
+    if not there.is_dir() or not os.access(there, os.W_OK) or os.statvfs(there).f_blocks == 0:
+        raise ValueError(f"{page}: cannot be written: {there} is not a folder that this user may write to")
 
 
 def publish(out: Path, page: Path) -> list[str]:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from symile_dist.tools.reproduce.lab import Lab
 from symile_dist.tools.reproduce.m3_digits import BATCH, SYMILE, TINY_TRAIN, digits_config, digits_data
 from symile_dist.tools.reproduce.report import Report, Table, at_least, mean_error, new_figure, save_figure
-from symile_dist.tools.reproduce.samples import write_dataset
 from symile_dist.tools.reproduce.trial import Trial, best_of
 from symile_dist.tools.reproduce.xor import BITS, SAMPLES, bits_config, xor_split
 
@@ -44,8 +43,8 @@ DIGITS = {
 
 def _trials(lab: Lab) -> dict[Any, Trial]:
     samples = {split: count // (10 if lab.tiny else 1) for split, count in SAMPLES.items()}
-    bits = write_dataset(
-        lab.data(f"xor-1.0{'-tiny' if lab.tiny else ''}"),
+    bits = lab.dataset(
+        f"xor-1.0{'-tiny' if lab.tiny else ''}",
         {"p_hat": 1.0, "bits": BITS, "samples": samples},
         lambda split: xor_split(1.0, samples[split], split),
         list(SAMPLES),

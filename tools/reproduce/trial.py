@@ -159,7 +159,9 @@ def _finished(trial: Trial) -> dict[str, Any] | None:
         found = read_json(trial.folder / TRIAL_FILE)
     except (OSError, ValueError):
         return None
-    same = isinstance(found, dict) and found.get("config_digest") == trial.config.digest()
+    if not isinstance(found, dict) or not {"evaluation", "validation", "steps", "seconds"} <= set(found):
+        return None
+    same = found.get("config_digest") == trial.config.digest()
     return found if same and found.get("evaluated_by") == trial.evaluate.__name__ else None
 
 

@@ -31,7 +31,7 @@ from symile_dist.tools.reproduce.report import (
     new_figure,
     save_figure,
 )
-from symile_dist.tools.reproduce.samples import Split, write_dataset
+from symile_dist.tools.reproduce.samples import Split
 from symile_dist.tools.reproduce.trial import Trial, best_of
 from symile_dist.tools.reproduce.xor import to_words
 
@@ -215,8 +215,8 @@ def symbols_of(folder: Path) -> dict[str, Any]:
 
 def _pmi_trials(lab: Lab) -> dict[Any, Trial]:
     samples = {split: count // (50 if lab.tiny else 1) for split, count in PMI_SAMPLES.items()}
-    data = write_dataset(
-        lab.data(f"wpse-symbols{'-tiny' if lab.tiny else ''}"),
+    data = lab.dataset(
+        f"wpse-symbols{'-tiny' if lab.tiny else ''}",
         {"symbols": SYMBOLS, "samples": samples},
         lambda split: symbols_split(split, samples[split]),
         list(samples),
@@ -300,8 +300,8 @@ def _xor_trials(lab: Lab) -> dict[Any, Trial]:
     samples = {split: count // (10 if lab.tiny else 1) for split, count in XOR_SAMPLES.items()}
     trials: dict[Any, Trial] = {}
     for bits in XOR_BITS[-1:] if lab.tiny else XOR_BITS:
-        data = write_dataset(
-            lab.data(f"wpse-xor-{bits}{'-tiny' if lab.tiny else ''}"),
+        data = lab.dataset(
+            f"wpse-xor-{bits}{'-tiny' if lab.tiny else ''}",
             {"bits": bits, "samples": samples},
             lambda split, bits=bits: xor_bits_split(bits, split, samples[split]),  # type: ignore[misc]
             list(samples),
@@ -389,8 +389,8 @@ def pictures_of(folder: Path) -> dict[str, Any]:
 
 def _digits_trials(lab: Lab) -> dict[Any, Trial]:
     samples = {split: count // (20 if lab.tiny else 1) for split, count in DIGITS_SAMPLES.items()}
-    data = write_dataset(
-        lab.data(f"wpse-digits{'-tiny' if lab.tiny else ''}"),
+    data = lab.dataset(
+        f"wpse-digits{'-tiny' if lab.tiny else ''}",
         {"captions": [WHOLE, LEFT, RIGHT], "samples": samples},
         lambda split: pictures_split(split, samples[split]),
         list(samples),

@@ -22,7 +22,7 @@ from symile_dist.tools.reproduce.report import (
     new_figure,
     save_figure,
 )
-from symile_dist.tools.reproduce.samples import Split, write_dataset
+from symile_dist.tools.reproduce.samples import Split
 from symile_dist.tools.reproduce.trial import Trial, best_of
 
 BITS = 5
@@ -124,8 +124,8 @@ def run(lab: Lab) -> Report:
     samples = {split: count // (10 if lab.tiny else 1) for split, count in SAMPLES.items()}
     trials = {}
     for p_hat in every_p:
-        folder = write_dataset(
-            lab.data(f"xor-{p_hat}{'-tiny' if lab.tiny else ''}"),
+        folder = lab.dataset(
+            f"xor-{p_hat}{'-tiny' if lab.tiny else ''}",
             {"p_hat": p_hat, "bits": BITS, "samples": samples},
             lambda split, p=p_hat: xor_split(p, samples[split], split),  # type: ignore[misc]
             list(SAMPLES),
@@ -259,8 +259,8 @@ def run_eight(lab: Lab) -> Report:
     """Eight modalities of one bit, of which only all together tell the last."""
     steps = lab.size(500, 400, 30)
     samples = {split: count // (10 if lab.tiny else 1) for split, count in SAMPLES.items()}
-    folder = write_dataset(
-        lab.data(f"xor-8{'-tiny' if lab.tiny else ''}"),
+    folder = lab.dataset(
+        f"xor-8{'-tiny' if lab.tiny else ''}",
         {"modalities": EIGHT, "samples": samples},
         lambda split: parity_split(samples[split], split),
         list(SAMPLES),
