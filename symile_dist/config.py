@@ -388,7 +388,7 @@ class EvaluationConfig(Section):
     and `singles` beyond."""
     recall_at: list[Positive] = [1, 5, 10]
     """The k of recall at k."""
-    resamples: Annotated[int, Field(ge=2)] = 10
+    resamples: Annotated[int, Field(ge=2, le=100_000)] = 10
     """Of the bootstrap."""
     candidates: CandidatesConfig | None = None
     """Judge retrieval among a few candidates that the split names for each query, and not among all samples."""

@@ -32,12 +32,13 @@ from symile_dist.data.batches import StepDataset
 from symile_dist.data.loader import Loader, open_validation
 from symile_dist.distributed import broadcast_object, gather_objects, rank, world_size
 from symile_dist.errors import RunFailed
-from symile_dist.evaluation.bootstrap import bootstrap_mean, resample
+from symile_dist.evaluation.bootstrap import bootstrap_means
 from symile_dist.evaluation.candidates import (
     CandidateLists,
     candidate_lists,
     entries_of_csv,
     entries_of_metadata,
+    read_candidates,
     retrieve_among,
 )
 from symile_dist.evaluation.embeddings import EmbeddingRows, write_embeddings
@@ -290,6 +291,8 @@ def evaluate_run(
             parse_directions(section.directions, list(config.modalities))  # now, and not after the pass
         chosen = section.candidates if "retrieval" in metrics else None
         keys = [key for key in (chosen.query, chosen.positive, chosen.sample) if key] if chosen else []
+        if chosen and chosen.file and chosen.sample:
+            read_candidates(chosen.file, chosen.query, chosen.positive, chosen.sample)
         directory = shards or split_directory(config, split)
         for other in ("train", "validation") if probe else ():
             split_directory(config, other)
@@ -310,6 +313,8 @@ def evaluate_run(
         probed = _embeddings_to_probe(parts.names, probe)
         if embeddings_of(trained.module.objective) is not None and "retrieval" in metrics and parts.names:
             parse_directions(section.directions, parts.names)
+        if chosen and not chosen.file:
+            entries_of_metadata(parts.metadata, chosen.query, chosen.positive)
         if export is not None:
             about = {
                 **results,
@@ -377,10 +382,13 @@ class _Kept:
 
     names: list[str]
     """Of the embeddings, which the first part tells."""
+    metadata: list[dict[str, Any]]
+    """Of the first part's samples."""
 
     def __init__(self, parts: Iterator[HeldOutPart], keep: bool) -> None:
         first = next(parts, None)
         self.names = [] if first is None else list(first.representations)
+        self.metadata = [] if first is None else first.metadata
         self._parts, self._keep = parts if first is None else chain([first], parts), keep
         self._seen: list[HeldOutPart] = []
 
@@ -450,16 +458,22 @@ def _retrieval(trained: Trained, held_out: HeldOut, progress: Report) -> dict[st
     classes = class_numbers(held_out.labels)
     lists = _lists(trained.config, held_out) if section.candidates else None
     wanted = parse_directions(section.directions, list(vectors))
-    for number_of, direction in enumerate(wanted):
-        progress("retrieval", number_of, len(wanted))
+    samples = len(held_out.labels)
+    for done, direction in enumerate(wanted):
+        report = partial(_report_queries, progress, done * samples, len(wanted) * samples)
+        report(0)
         if lists is not None:
             result = retrieve_among(similarity, vectors, direction, lists, **options)
         else:
-            result = retrieve(similarity, vectors, direction, classes, **options, across_ranks=True)
+            result = retrieve(similarity, vectors, direction, classes, **options, across_ranks=True, report=report)
         found[str(direction)] = result.as_dict()
-    progress("retrieval", len(wanted), len(wanted))
+    progress("retrieval", len(wanted) * samples, len(wanted) * samples)
     left_out = {"queries_left_out": lists.left_out} if lists is not None else {}
     return {"protocol": protocol, **left_out, "retrieval": found}
+
+
+def _report_queries(progress: Report, before: int, total: int, done: int) -> None:
+    progress("retrieval", before + done, total)
 
 
 def _lists(config: Config, held_out: HeldOut) -> CandidateLists:
@@ -571,7 +585,7 @@ def _probe(
         train, validation, test = (_probed(split, parts, list(config.modalities)) for split in splits)
         result = logistic_probe(train, validation, test)
         hits = torch.from_numpy(result.hits).double()
-        spread = bootstrap_mean(hits, resample(len(hits), config.evaluation.resamples, config.seed))
+        (spread,) = bootstrap_means([hits], config.evaluation.resamples, config.seed)
         found[name] = {
             "accuracy": result.accuracy,
             "bootstrap_mean": spread.mean,

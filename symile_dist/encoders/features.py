@@ -70,8 +70,8 @@ def read_vector(path: str, length: int) -> np.ndarray[tuple[int], np.dtype[np.fl
     told = f"fill: {path}: a .npy file of ({length},) numbers is needed (symile-dist shards mean writes one)"
     try:
         vector = np.load(Path(path).expanduser(), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{told}; {error}") from None
+    except Exception as error:  # a damaged header may raise almost anything (TokenError, MemoryError)
+        raise ValueError(f"{told}; {str(error)[:300]}") from None
     if not isinstance(vector, np.ndarray) or vector.shape != (length,) or vector.dtype.kind not in "fiu":
         raise ValueError(f"{told}, it holds {getattr(vector, 'shape', 'several arrays')}")
     if not np.isfinite(vector).all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,10 @@ import torch
 from torch import Tensor
 
 from symile_dist.seeding import philox
+
+AT_ONCE = 2**20
+"""Numbers of `resample` that are in memory together, of 500,000 samples two resamples: what is computed of these needs
+several times as much."""
 
 
 class Estimate(NamedTuple):
@@ -19,10 +24,19 @@ class Estimate(NamedTuple):
     """The bootstrap's: the standard deviation over the resamples; 0 for a single one."""
 
 
-def resample(samples: int, resamples: int, seed: int) -> Tensor:
-    """(resamples, samples) int64: how often each sample is drawn, with replacement. A function of its arguments."""
-    drawn = [np.random.Generator(philox("bootstrap", seed, r)).integers(0, samples, samples) for r in range(resamples)]
-    return torch.from_numpy(np.stack([np.bincount(d, minlength=samples) for d in drawn]).astype(np.int64))
+def resample(samples: int, resamples: int, seed: int) -> Iterator[Tensor]:
+    """(resamples, samples) int64: how often each sample is drawn, with replacement. A function of its arguments.
+
+    It comes in parts, a few resamples each, in order.
+    """
+    # Never one resample alone where there are several: torch may add up one row in another order than each of many.
+    parts = max(1, resamples // max(2, AT_ONCE // max(1, samples)))
+    for numbers in np.array_split(np.arange(resamples), parts):
+        times = np.empty((len(numbers), samples), np.int64)
+        for row, number in enumerate(numbers.tolist()):
+            drawn = np.random.Generator(philox("bootstrap", seed, number)).integers(0, samples, samples)
+            times[row] = np.bincount(drawn, minlength=samples)
+        yield torch.from_numpy(times)
 
 
 def estimate(values: Tensor) -> Estimate:
@@ -33,9 +47,10 @@ def estimate(values: Tensor) -> Estimate:
     return Estimate(float(found.mean()), float(found.std(unbiased=True)) if len(found) > 1 else 0.0)
 
 
-def bootstrap_mean(values: Tensor, times: Tensor) -> Estimate:
-    """Of the mean of (n,) values over test sets that draw them (resamples, n) times."""
-    return estimate(weighted_means(values, times))
+def bootstrap_means(values: Sequence[Tensor], resamples: int, seed: int) -> list[Estimate]:
+    """Of the mean of each of some (n,) values over test sets that `resample` draws."""
+    means = [[weighted_means(v, times) for v in values] for times in resample(len(values[0]), resamples, seed)]
+    return [estimate(torch.cat(parts)) for parts in zip(*means, strict=True)]
 
 
 def weighted_means(values: Tensor, times: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from symile_dist.evaluation.bootstrap import bootstrap_mean, resample
+from symile_dist.evaluation.bootstrap import bootstrap_means
 from symile_dist.evaluation.retrieval import CPU, RECALL_AT, Direction, Retrieval
 from symile_dist.evaluation.scoring import distinct_rows
 from symile_dist.seeding import philox
@@ -96,28 +96,65 @@ def entries_of_csv(
 ) -> list[Entry]:
     """From a table with columns `query`, `positive` and `sample`, the last being the candidate's key in the metadata.
 
-    Raises ValueError for a table that lacks a column, and for one none of whose candidates is among the samples.
+    Raises ValueError as `read_candidates` does, and where none of the candidates is among the samples.
     """
     rows: dict[str, int] = {}
     for row, facts in enumerate(metadata):
         if sample in facts:
             rows.setdefault(str(facts[sample]), row)
+    candidates = read_candidates(path, query, positive, sample)
+    entries = [Entry(asked, rows.get(named, -1), own) for asked, named, own in candidates]
+    if all(entry.row < 0 for entry in entries):
+        raise ValueError(f"{path}: none of its {len(entries)} candidates is among the samples by '{sample}'")
+    return entries
+
+
+def read_candidates(path: str | Path, query: str, positive: str, sample: str) -> list[tuple[str, str, bool]]:
+    """(query, sample, whether it is the query's own) of every row of such a table.
+
+    Raises ValueError for a table that is no CSV or lacks a column, and for a row that lacks a value.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"evaluation.candidates.file: {path}: no such file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"evaluation.candidates.file: {path}: is no text in UTF-8: {error}") from None
-    table = csv.DictReader(io.StringIO(text))
-    lacking = [name for name in (query, positive, sample) if name not in (table.fieldnames or [])]
+    table = _records(path, text)
+    _, names = next(table, (0, []))
+    wanted = (query, positive, sample)
+    lacking = [name for name in wanted if name not in names]
     if lacking:
-        raise ValueError(f"{path}: has no column '{lacking[0]}'; its columns are: {', '.join(table.fieldnames or [])}")
-    entries = [
-        Entry(line[query], rows.get(line[sample], -1), _flag(line[positive], f"{path}: '{positive}'")) for line in table
-    ]
-    if all(entry.row < 0 for entry in entries):
-        raise ValueError(f"{path}: none of its {len(entries)} candidates is among the samples by '{sample}'")
-    return entries
+        raise ValueError(f"{path}: has no column '{lacking[0]}'; its columns are: {', '.join(names)}")
+    found = []
+    for line, fields in table:
+        values = dict(zip(names, fields, strict=False))
+        lacking = [name for name in wanted if not values.get(name)]
+        if lacking:
+            raise ValueError(
+                f"{path}: line {line}: has no '{lacking[0]}' ({len(fields)} fields, the header has {len(names)} "
+                f"columns); a candidate needs {', '.join(wanted)}"
+            )
+        own = _flag(values[positive], f"{path}: line {line}: '{positive}'")
+        found.append((values[query], values[sample], own))
+    return found
+
+
+def _records(path: str | Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """(line on which it begins, fields) of every record of a CSV, the header's too; blank lines are passed over.
+
+    Raises ValueError for what is no CSV.
+    """
+    # Strict: after a quote that is not closed the rest of the table would be one field.
+    reader = csv.reader(io.StringIO(text), strict=True)
+    line = 1
+    try:
+        for fields in reader:
+            if fields:
+                yield line, fields
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {line}: not readable as CSV: {error}; is a quote not closed?") from None
 
 
 def _flag(value: Any, place: str) -> bool:
@@ -168,7 +205,7 @@ def retrieve_among(
     ranks = above + 1 + place.long()
     hits = {k: (ranks <= k).double() for k in {1, *recall_at}}
     sizes = there.sum(dim=1)
-    times = resample(len(table), resamples, seed) if resamples else None
+    spread = dict(zip(hits, bootstrap_means(list(hits.values()), resamples, seed), strict=True)) if resamples else {}
     return Retrieval(
         direction,
         queries=len(table),
@@ -178,8 +215,8 @@ def retrieve_among(
         recall={k: float(hits[k].mean()) for k in recall_at},
         median_rank=float(np.median(ranks.numpy())),
         mean_rank=float(ranks.double().mean()),
-        accuracy_bootstrap=None if times is None else bootstrap_mean(hits[1], times),
-        recall_bootstrap={} if times is None else {k: bootstrap_mean(hits[k], times) for k in recall_at},
+        accuracy_bootstrap=spread.get(1),
+        recall_bootstrap={k: spread[k] for k in recall_at} if resamples else {},
     )
 
 

@@ -10,7 +10,7 @@ the expectation over their order. A model that emits constants is at chance, and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from symile_dist.evaluation.bootstrap import Estimate, bootstrap_mean, estimate, resample, weighted_means
+from symile_dist.evaluation.bootstrap import Estimate, estimate, resample, weighted_means
 from symile_dist.evaluation.scoring import Search
 from symile_dist.registry import suggestion
 from symile_dist.similarity import Similarity, towards
@@ -166,12 +166,13 @@ def retrieve(
     seed: int = 0,
     device: torch.device = CPU,
     across_ranks: bool = False,
+    report: Callable[[int], None] | None = None,
 ) -> Retrieval:
     """Retrieval among **all** samples: candidates and queries are the same samples.
 
     A sample that lacks the target is no candidate, and one that lacks any modality of the direction no query. Memory
-    is that of the representations and of one tile of scores, for any number of samples (see `scoring`); the result is
-    the same for every number of ranks.
+    is that of the representations and of one tile of scores, for any number of samples and resamples (see `scoring`);
+    the result is the same for every number of ranks.
 
     The bootstrap of the accuracy draws test sets with replacement, their queries **and** their candidates (Symile);
     that of recall draws queries alone, as a rank among fewer candidates would be another figure.
@@ -183,6 +184,7 @@ def retrieve(
         resamples: of the bootstrap; 0: none.
         device: where scores are computed.
         across_ranks: all ranks call this with the same arguments, and share the queries.
+        report: called with the number of queries that are done.
     """
     similarity = towards(similarity, direction.target, direction.queries)
     target, queries = representations[direction.target], [representations[name] for name in direction.queries]
@@ -197,34 +199,39 @@ def retrieve(
     classes = torch.arange(len(target)) if classes is None else classes
     position = torch.full((len(target),), -1)
     position[pool] = torch.arange(len(pool))
-    times = torch.ones((1, len(target)), dtype=torch.int64)
-    if resamples:
-        times = torch.cat([times, resample(len(target), resamples, seed)])
-    drawn = times[:, rows]
-    found = Search(
+    search = Search(
         similarity,
         target if len(pool) == len(target) else target[pool],
         [query if len(rows) == len(query) else query[rows] for query in queries],
         position[rows],
         (classes[rows], classes[pool]),
-        times[:, pool],
-        drawn > 0,
         device,
         across_ranks,
-    )()
-    recall = {k: _recall(found.above, found.tied, k) for k in recall_at}
-    ranks = found.above + 1 + found.tied / 2
+        several=resamples > 0,
+    )
+    above, tied = search.places(report)
+    recall = {k: _recall(above, tied, k) for k in recall_at}
+    ranks = above + 1 + tied / 2
+    once = torch.ones((1, len(target)), dtype=torch.int64)
+    accuracy = float(search.hits(once[:, pool], once[:, rows] > 0)[0].mean())
+    accuracies: list[Tensor] = []
+    recalls: dict[int, list[Tensor]] = {k: [] for k in recall}
+    for times in resample(len(target), resamples, seed) if resamples else ():
+        drawn = times[:, rows]
+        accuracies.append(weighted_means(search.hits(times[:, pool], drawn > 0), drawn))
+        for k, values in recall.items():
+            recalls[k].append(weighted_means(values, drawn))
     return Retrieval(
         direction,
         queries=len(rows),
         candidates=len(pool),
-        accuracy=float(found.hits[0].mean()),
+        accuracy=accuracy,
         chance=_chance(classes[rows], classes[pool]),
         recall={k: float(values.mean()) for k, values in recall.items()},
         median_rank=float(np.median(ranks.numpy())),
         mean_rank=float(ranks.mean()),
-        accuracy_bootstrap=estimate(weighted_means(found.hits[1:], drawn[1:])) if resamples else None,
-        recall_bootstrap={k: bootstrap_mean(v, drawn[1:]) for k, v in recall.items()} if resamples else {},
+        accuracy_bootstrap=estimate(torch.cat(accuracies)) if resamples else None,
+        recall_bootstrap={k: estimate(torch.cat(means)) for k, means in recalls.items()} if resamples else {},
     )
 
 

@@ -10,7 +10,7 @@ only what its distinct images cost.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,20 +50,21 @@ def distinct_rows(vectors: Tensor) -> Distinct:
     return Distinct(torch.tensor(firsts, dtype=torch.int64), torch.tensor(groups, dtype=torch.int64))
 
 
-class Found(NamedTuple):
-    """Per query; the same on every rank."""
+class Best(NamedTuple):
+    """The best candidates of some queries."""
 
-    hits: Tensor
-    """(S, Q) float64: of each set of candidates, which share of the best-scoring candidates is of the query's class.
-    1 or 0 but for ties, of which one is taken at random: this is the expectation."""
-    above: Tensor
-    """(Q,) int64: candidates of the first set that score above the positive"""
-    tied: Tensor
-    """(Q,) int64: others that score the same"""
+    rows: Tensor
+    """(q,) int64: which queries"""
+    scores: Tensor
+    """(q, L) in descending order"""
+    candidates: Tensor
+    """(q, L) int32, as all queries' best are in memory"""
+    pairs: Tensor
+    """(q, L) int32: numbers of the pairs of candidate and query's class, see `Search._pairs_of`"""
 
 
 class Search:
-    """Retrieval of Q queries among K candidates.
+    """Retrieval of Q queries among K candidates: first `places`, then `hits` with any sets of the candidates.
 
     Args:
         similarity: see `Similarity`; called on `device`.
@@ -71,10 +72,9 @@ class Search:
         queries: one or more (Q, D)
         positives: (Q,) int64: which candidate is the query's own.
         classes: (Q,) and (K,) int64, of queries and of candidates.
-        times: (S, K) int64: sets of candidates, as how often each is in it. The first must hold all positives.
-        wanted: (S, Q) bool: the queries that matter with each set.
         across_ranks: all ranks call this with the same arguments and share the queries. They call the similarity
             equally often: it may be a module that ZeRO-3 partitions.
+        several: more candidates are kept per query, for sets that lack the best ones.
     """
 
     def __init__(
@@ -84,10 +84,9 @@ class Search:
         queries: Sequence[Tensor],
         positives: Tensor,
         classes: tuple[Tensor, Tensor],
-        times: Tensor,
-        wanted: Tensor,
         device: torch.device,
         across_ranks: bool = False,
+        several: bool = False,
     ) -> None:
         self.similarity, self.queries, self.device, self.across_ranks = similarity, list(queries), device, across_ranks
         self.height, self.width = TILE[device.type]
@@ -98,38 +97,61 @@ class Search:
             self.candidates = self.candidates.to(device)
         self.positives = distinct.group[positives]
         self.query_classes, candidate_classes = classes
-        # (S, U): how often each distinct candidate is in a set.
-        self.weights = torch.zeros((len(times), len(distinct.rows)), dtype=torch.int64)
-        self.weights.index_add_(1, distinct.group, times)
+        self.group = distinct.group
         self.number_of_classes = 1 + int(max(self.query_classes.max(), candidate_classes.max()))
-        # And of which class: equal candidates may be of several. A last pair stands for those that do not occur.
-        keys, pair = (distinct.group * self.number_of_classes + candidate_classes).unique(return_inverse=True)
-        self.pairs = keys
-        self.pair_weights = torch.zeros((len(times), len(keys) + 1), dtype=torch.int64)
-        self.pair_weights.index_add_(1, pair, times)
-        self.wanted = wanted
+        # Equal candidates may be of several classes: pairs of both, and a last number for those that do not occur.
+        keys = distinct.group * self.number_of_classes + candidate_classes
+        self.pairs, self.pair = keys.unique(return_inverse=True)
+        self.kept = min(KEPT if several else 4, len(self.candidates))
+        self.best: list[Best] = []
 
-    def __call__(self) -> Found:
-        sets, queries = self.wanted.shape
-        # hits and whether they are settled, of each set; above; tied
-        found = torch.zeros((2 * sets + 2, queries), dtype=torch.float64)
-        for rows, counts in self._shares(torch.arange(queries)):
-            block = self._block(rows)
+    def places(self, report: Callable[[int], None] | None = None) -> tuple[Tensor, Tensor]:
+        """(Q,) int64, (Q,) int64: how many candidates score above the positive, and how many others the same.
+
+        The best candidates are kept for `hits`: of a query a few hundred bytes.
+        """
+        found = torch.zeros((2, len(self.positives)), dtype=torch.float64)
+        for rows, counts in self._shares(torch.arange(len(self.positives))):
+            if report is not None:
+                report(int(rows[0]))
+            block, best = self._block(rows)
             if counts:
                 found[:, rows] = block
+                self.best.append(best)
         self._add_up(found)
-        hits, settled, (above, tied) = found[:sets], found[sets:-2] > 0, found[-2:].long()
+        above, tied = found.long()
+        return above, tied
+
+    def hits(self, times: Tensor, wanted: Tensor) -> Tensor:
+        """(S, Q) float64: of each set of candidates, which share of the best-scoring ones is of the query's class.
+
+        1 or 0 but for ties, of which one is taken at random: this is the expectation.
+
+        Args:
+            times: (S, K) int64: sets of candidates, as how often each is in it.
+            wanted: (S, Q) bool: the queries that matter with each set; of the others the share may be wrong.
+        """
+        sets, queries = wanted.shape
+        # How often each distinct candidate is in a set, and with each of its classes.
+        weights = torch.zeros((sets, len(self.candidates)), dtype=torch.int64).index_add_(1, self.group, times)
+        pair_weights = torch.zeros((sets, len(self.pairs) + 1), dtype=torch.int64).index_add_(1, self.pair, times)
+        # Hits, and whether they are settled.
+        found = torch.zeros((2 * sets, queries), dtype=torch.float64)
+        for best in self.best:
+            found[:, best.rows] = self._hits(best, weights, pair_weights)
+        self._add_up(found)
+        hits, settled = found[:sets], found[sets:] > 0
         for number in range(sets):
-            open_rows = (self.wanted[number] & ~settled[number]).nonzero().squeeze(1)
+            open_rows = (wanted[number] & ~settled[number]).nonzero().squeeze(1)
             late = torch.zeros(queries, dtype=torch.float64)
             for rows, counts in self._shares(open_rows):
-                block = self._settle(rows, number)
+                block = self._settle(rows, weights[number], pair_weights[number])
                 if counts:
                     late[rows] = block
             if len(open_rows):
                 self._add_up(late)
                 hits[number, open_rows] = late[open_rows]
-        return Found(hits, above, tied)
+        return hits
 
     def _add_up(self, values: Tensor) -> None:
         """Each rank has filled in its own queries."""
@@ -162,14 +184,14 @@ class Search:
             scores[inside, positives[inside] - start] = own[inside]
             yield start, scores, own
 
-    def _block(self, rows: Tensor) -> Tensor:
-        """(2 S + 2, q): hits and whether they are settled, of each set; above; tied."""
-        kept = min(KEPT if len(self.weights) > 1 else 4, len(self.candidates))
+    def _block(self, rows: Tensor) -> tuple[Tensor, Best]:
+        """(2, q) how many candidates score above the positive, and the same; and the best ones."""
+        kept = self.kept
         best = torch.full((len(rows), kept), -torch.inf, dtype=self.dtype, device=self.device)
         best_of = torch.zeros((len(rows), kept), dtype=torch.int64, device=self.device)
         above = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
         not_below = above.clone()
-        weights = self.weights[0].to(self.device, torch.float32)  # exact: a tile holds less than 2^24 candidates
+        weights = self.group.bincount().to(self.device, torch.float32)  # exact: a tile holds less than 2^24 candidates
         for start, scores, own in self._tiles(rows):
             of_tile = weights[start : start + scores.shape[1]]
             flags = torch.empty(scores.shape, device=self.device)  # as numbers: five times as fast as converting them
@@ -178,25 +200,24 @@ class Search:
             values, places = scores.to(self.dtype).topk(min(kept, scores.shape[1]), dim=1)
             best, order = torch.cat([best, values], dim=1).topk(kept, dim=1)
             best_of = torch.cat([best_of, places + start], dim=1).gather(1, order)
-        hits, settled = self._hits(rows, best, best_of.cpu())
         tied = not_below - above - 1
-        return torch.cat([hits, settled.double(), above.cpu()[None], tied.cpu()[None]])
-
-    def _hits(self, rows: Tensor, best: Tensor, best_of: Tensor) -> tuple[Tensor, Tensor]:
-        """(S, q) hits, and whether they follow from the best candidates (q, L), which are in descending order."""
-        best = best.cpu()
-        whole = best.shape[1] == len(self.candidates)
+        best_of = best_of.cpu()
         pairs = self._pairs_of(best_of, self.query_classes[rows][:, None])
+        return torch.stack([above, tied]).cpu(), Best(rows, best.cpu(), best_of.int(), pairs.int())
+
+    def _hits(self, best: Best, weights: Tensor, pair_weights: Tensor) -> Tensor:
+        """(2 S, q): hits with each set, and whether they follow from the best candidates."""
+        whole = best.scores.shape[1] == len(self.candidates)
         hits, settled = [], []
-        for weights, pair_weights in zip(self.weights, self.pair_weights, strict=True):
-            there = weights[best_of]
-            top = best.masked_fill(there == 0, -torch.inf).amax(dim=1, keepdim=True)
-            tied = (best == top) & (there > 0)
-            total, own = (there * tied).sum(dim=1), (pair_weights[pairs] * tied).sum(dim=1)
+        for of_set, pairs_of_set in zip(weights, pair_weights, strict=True):
+            there = of_set[best.candidates]
+            top = best.scores.masked_fill(there == 0, -torch.inf).amax(dim=1, keepdim=True)
+            tied = (best.scores == top) & (there > 0)
+            total, own = (there * tied).sum(dim=1), (pairs_of_set[best.pairs] * tied).sum(dim=1)
             hits.append(own.double() / total.clamp(min=1))
             # Candidates that score as the last one kept may have been left out.
-            settled.append((top[:, 0] > -torch.inf) & (whole | (top[:, 0] > best[:, -1])))
-        return torch.stack(hits), torch.stack(settled)
+            settled.append((top[:, 0] > -torch.inf) & (whole | (top[:, 0] > best.scores[:, -1])))
+        return torch.cat([torch.stack(hits), torch.stack(settled).double()])
 
     def _pairs_of(self, candidates: Tensor, classes: Tensor) -> Tensor:
         """Number of the pair (candidate, class) in `pairs`; of one that does not occur, the last."""
@@ -204,9 +225,8 @@ class Search:
         place = torch.searchsorted(self.pairs, wanted).clamp(max=len(self.pairs) - 1)
         return torch.where(self.pairs[place] == wanted, place, len(self.pairs))
 
-    def _settle(self, rows: Tensor, number: int) -> Tensor:
+    def _settle(self, rows: Tensor, weights: Tensor, pair_weights: Tensor) -> Tensor:
         """(q,) hits with one set, by looking at all candidates again."""
-        weights = self.weights[number]
         top = torch.full((len(rows),), -torch.inf, dtype=self.dtype)
         total, own = torch.zeros((2, len(rows)), dtype=torch.int64)
         classes = self.query_classes[rows]
@@ -220,5 +240,5 @@ class Search:
             query, candidate = ((scores == top[:, None]) & there).nonzero(as_tuple=True)
             total.index_add_(0, query, weights[candidate + start])
             pairs = self._pairs_of(candidate + start, classes[query])
-            own.index_add_(0, query, self.pair_weights[number][pairs])
+            own.index_add_(0, query, pair_weights[pairs])
         return own.double() / total.clamp(min=1)

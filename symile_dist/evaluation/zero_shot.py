@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from symile_dist.evaluation.bootstrap import Estimate, bootstrap_mean, resample
+from symile_dist.evaluation.bootstrap import Estimate, bootstrap_means
 from symile_dist.evaluation.retrieval import CPU, number
 from symile_dist.similarity import Similarity
 
@@ -102,8 +102,6 @@ def zero_shot(
         mean_per_class=float((per_class / counts[counts > 0]).mean()) if some else math.nan,
         samples=len(classes),
         classes=len(features),
-        accuracy_bootstrap=bootstrap_mean(hits, resample(len(classes), resamples, seed))
-        if resamples and some
-        else None,
+        accuracy_bootstrap=bootstrap_means([hits], resamples, seed)[0] if resamples and some else None,
         hits=hits,
     )

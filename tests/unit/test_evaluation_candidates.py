@@ -103,6 +103,38 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         entries_of_csv(path, rows, "query", "positive", "sample")
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            'q,pos,s\n1,1,5\n1,0,"6\n' + "1,0,7\n" * 50_000,
+            "line 3: not readable as CSV: field larger than .* not closed",
+        ),
+        (
+            'q,pos,s\n1,1,5\n1,0,"6\n1,0,7\n',
+            "line 3: not readable as CSV: unexpected end of data; is a quote not closed",
+        ),
+        ('"q,pos,s\n1,1,5\n', "line 1: not readable as CSV: unexpected end of data"),
+        ("q,s,pos\n1,5,1\n\n1,6\n", r"line 4: has no 'pos' \(2 fields, the header has 3 columns\); .* needs q, pos, s"),
+        ("q,s,pos\n1,5,1\n,6,0\n", "line 3: has no 'q'"),
+        ("q,s,pos\n1,5,1\n1,6,\n", "line 3: has no 'pos'"),
+        ("q,s,pos\n1,5,1\n1,6,yes\n", "line 3: 'pos' is 'yes'; should be 1 for the positive and 0"),
+        ('q,c,s,pos\n1,"two\nlines",5,1\n1,,6,7\n', "line 4: 'pos' is '7'"),
+        ("", "has no column 'q'"),
+    ],
+)
+def test_rows_of_a_table_that_are_none(tmp_path: Path, content: str, told: str) -> None:
+    (tmp_path / "test.csv").write_text(content)
+    with pytest.raises(ValueError, match=r"test\.csv: " + told):
+        entries_of_csv(tmp_path / "test.csv", [{"s": 5}, {"s": 6}], "q", "pos", "s")
+
+
+def test_a_table_may_lack_what_is_not_needed(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("q,pos,s,comment\n1,1,5\n\n1,0,6,a,b\n")
+    entries = entries_of_csv(tmp_path / "test.csv", [{"s": 5}, {"s": 6}], "q", "pos", "s")
+    assert entries == [Entry("1", 0, True), Entry("1", 1, False)]
+
+
 def one_by_one(representations: dict[str, Tensor], lists: CandidateLists) -> tuple[list[int], list[int]]:
     """(candidates above the positive, candidates that tie with it) of each query."""
     above, tied = [], []
@@ -126,7 +158,7 @@ def test_equal_to_one_query_after_the_other() -> None:
     assert found.median_rank == np.median(above) + 1
     assert (found.queries, found.candidates) == (QUERIES, CANDIDATES) and found.chance == pytest.approx(1 / CANDIDATES)
     # Queries are drawn, each with its candidates.
-    times = resample(QUERIES, 4, 2).numpy()
+    times = torch.cat([*resample(QUERIES, 4, 2)]).numpy()
     drawn = (times * hits).sum(axis=1) / QUERIES
     assert found.accuracy_bootstrap == pytest.approx((drawn.mean(), drawn.std(ddof=1)))
 

@@ -254,6 +254,22 @@ def test_candidates_of_the_split(data: Path, run: Path, tmp_path: Path, capsys: 
     assert "a sample's metadata has no 'label_hadm_id'" in capsys.readouterr().err
 
 
+def test_wrong_candidates_are_told_before_the_pass(run: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("hadm_id,label_hadm_id,label\n0,0,1\n1,0\n")
+    export = tmp_path / "e.parquet"
+    for source, words in (
+        (f"file: {table}, sample: hadm_id", "table.csv: line 3: has no 'label'"),
+        (f"file: {tmp_path / 'nowhere.csv'}, sample: hadm_id", "nowhere.csv: no such file"),
+    ):
+        named = f"evaluation.candidates={{query: label_hadm_id, positive: label, {source}}}"
+        with pytest.raises(ValueError, match=words):
+            evaluate_run(run, overrides=[named], export=export)
+    with pytest.raises(ValueError, match="a sample's metadata has no 'label_hadm_id'"):
+        evaluate_run(run, overrides=["evaluation.candidates={query: label_hadm_id, positive: label}"], export=export)
+    assert not export.exists()
+
+
 # -- zero-shot classification ------------------------------------------------------------------------------------------
 
 NAMES = {"class-0": "zero", "class-1": ["one", "uno"], "class-2": "two", "class-3": "three"}
@@ -482,6 +498,7 @@ def test_mistakes_are_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for options, words in (
         ({"metrics": ["recall"]}, "--metrics recall: choose some of retrieval, statistics"),
         ({"resamples": 1}, "--resamples 1"),
+        ({"resamples": 10**9}, "evaluation.resamples: should be less than or equal to 100000 (got 1000000000)"),
         ({"directions": ["a_from_d"]}, "no direction 'a_from_d'; did you mean"),
         ({"recall_at": [0]}, "evaluation.recall_at"),
         ({"max_samples": -3}, "--max-samples -3: should be 1 or more"),

@@ -33,7 +33,7 @@ from symile_dist.data.decode import decode_audio, decode_image, decode_npy
 from symile_dist.data.index import BLOCK, read_index, split_name
 from symile_dist.data.manifest import read_manifest
 from symile_dist.registry import ENCODERS, TRANSFORMS, build
-from symile_dist.tools.pack.arrays import ArrayMember, ArraySource
+from symile_dist.tools.pack.arrays import ArrayMember, ArraySource, arrays_source, open_array
 from symile_dist.tools.pack.files import TableSource, files_source
 from symile_dist.tools.pack.symile_m3 import csv_source, tensors_source
 from symile_dist.tools.pack.symile_mimic import mimic_source
@@ -637,7 +637,13 @@ def test_tables_that_are_none(tmp_path: Path, content: str | bytes, told: str) -
 
 
 def test_json_lines_that_are_none(tmp_path: Path) -> None:
-    for content, told in (("[1]\n", "line 1: not a JSON object"), ('{"txt": "a"}\n{"txt"\n', "line 2: Expecting")):
+    deep = '{"txt": ' + "[" * 100_000 + "]" * 100_000 + "}\n"
+    for content, told in (
+        ("[1]\n", "line 1: not a JSON object"),
+        ('{"txt": "a"}\n{"txt"\n', "line 2: Expecting"),
+        (deep, r"table\.jsonl: line 1: the JSON is nested too deeply"),
+        ('{"txt": "a"}\n' + deep, r"table\.jsonl: line 2: the JSON is nested too deeply"),
+    ):
         (tmp_path / "table.jsonl").write_text(content)
         with pytest.raises(ValueError, match=told):
             pack(files_source(tmp_path / "table.jsonl", tmp_path, [], ["txt=txt"]), tmp_path / "out")
@@ -728,6 +734,72 @@ def test_tensors_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         tensors_source(tmp_path / "nowhere", "train")
 
 
+def npy(descr: str, shape: str) -> bytes:
+    return npy_of(f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}\n")
+
+
+def npy_of(header: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(64)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        npy_of("{'descr': '''<f4\n"),  # tokenize.TokenError
+        npy_of("(" * 900 + ")" * 900 + "\n"),
+        npy_of("-" * 9000 + "1\n"),  # MemoryError
+        npy("'<f4'", "(-1, 4)"),
+        npy("'<f4'", "(-2, -4)"),
+        npy("'<f4'", f"({10**30},)"),  # OverflowError
+        npy("'<f4'", f"({2**62}, 4)"),  # a product of zero, with a warning
+        npy("'<f4'", "(True,)"),  # TypeError
+        npy("'<f4'", "(17,)"),
+        npy("[('a', '<f4', (-1,))]", "(2,)"),
+    ],
+    ids=lambda content: repr(content[10:70]),
+)
+def test_headers_of_arrays_that_are_damaged(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.npy: not a plain \.npy array: \S") as error:
+        pack(arrays_source([f"a={tmp_path}/a.npy"]), tmp_path / "out")
+    assert len(str(error.value)) < 500, "the header is told at length"
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "a.npy").write_bytes(npy("'<f4'", "(16,)"))
+    assert pack(arrays_source([f"a={tmp_path}/a.npy"]), tmp_path / "out")["samples"] == 16, "a header made here is good"
+
+
+def test_an_array_that_is_not_there_is_no_damaged_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        open_array(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("save", [save_npy, save_pt])
+@pytest.mark.parametrize(("name", "fact"), [("cls_id", "class"), ("idx", "idx")])
+def test_facts_that_are_no_number(tmp_path: Path, save: Any, name: str, fact: str) -> None:
+    """As a class, NaN would make one class of all samples without one."""
+    folder = tmp_path / "tensors"
+    values = make_tensors(folder, "val", save)[name].astype(np.float32)
+    for odd in (np.nan, np.inf):
+        save(folder / f"{name}_val", np.where(np.isin(np.arange(SAMPLES), (5, 9)), odd, values))
+        with pytest.raises(ValueError, match=rf"{name}_val\.(npy|pt): row 5: '{fact}' is {odd}; give every sample"):
+            pack(tensors_source(folder, "val"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_in_bfloat16(tmp_path: Path) -> None:
+    """numpy knows no such numbers: their bytes are not the class."""
+    np.save(tmp_path / "a.npy", np.zeros((3, 2)))
+    torch.save(torch.tensor([7.0, 8.0, 0.5]).bfloat16(), tmp_path / "label.pt")
+    pack(arrays_source([f"a={tmp_path}/a.npy"], f"{tmp_path}/label.pt"), tmp_path / "out", seed=None)
+    classes = [json.loads(sample["json"])["class"] for sample in packed(tmp_path / "out").values()]
+    assert classes == ["7", "8", "0.5"]
+    torch.save(torch.tensor([7.0, torch.nan, 0.5]).bfloat16(), tmp_path / "label.pt")
+    with pytest.raises(ValueError, match=r"label\.pt: row 1: 'class' is nan"):
+        arrays_source([f"a={tmp_path}/a.npy"], f"{tmp_path}/label.pt")
+
+
 def test_ids_that_are_not_whole(tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", np.array([[1.0, 2.0], [1.5, 2.0]]))
     source = ArraySource("test", (ArrayMember("ids.npy", (tmp_path / "ids.npy",), "int32"),), ())
@@ -754,6 +826,37 @@ def test_mimic_arrays_that_are_none(tmp_path: Path) -> None:
         mimic_source(folder, "train")
     with pytest.raises(ValueError, match="split must be one of train, val, val_retrieval, test"):
         mimic_source(folder, "valid")
+
+
+@pytest.mark.parametrize("split", ["val_retrieval", "test"])
+def test_candidates_that_are_not_named(tmp_path: Path, split: str) -> None:
+    """The evaluation of these splits needs them: without them it would fail when the samples have been encoded."""
+    folder = tmp_path / "data_npy"
+    arrays = make_mimic(folder, split, 20, True)
+    mimic_source(folder, split)
+
+    def refused(name: str, values: NDArray[Any], told: str) -> None:
+        np.save(folder / split / f"{name}_{split}.npy", values)
+        with pytest.raises(ValueError, match=told):
+            mimic_source(folder, split)
+        np.save(folder / split / f"{name}_{split}.npy", arrays[name])
+
+    rows = np.arange(20)
+    refused(
+        "label", np.where(rows == 7, 2, arrays["label"]), rf"label_{split}.npy: row 7 of {split}: label is 2; should"
+    )
+    refused("label", np.where(rows == 7, np.nan, arrays["label"]), rf"{split}/label_{split}.npy: row 7: 'label' is nan")
+    refused("label", arrays["label"][:, None], r"has shape \(20, 1\); 'label' needs one number per sample")
+    for name, fact in (("label_hadm_id", "label_hadm_id"), ("hadm_id", "class")):
+        ids = np.where(rows == 3, np.nan, arrays[name])
+        refused(name, ids, rf"{split}/{name}_{split}.npy: row 3: '{fact}' is nan")
+    for name in ("label", "label_hadm_id"):
+        path = folder / split / f"{name}_{split}.npy"
+        content = path.read_bytes()
+        path.unlink()
+        with pytest.raises(ValueError, match=rf"{split}: no {name}_{split}.npy; each row of {split} is a candidate"):
+            mimic_source(folder, split)
+        path.write_bytes(content)
 
 
 # -- the command line ------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from symile_dist.evaluation import bootstrap as bootstrap_module
 from symile_dist.evaluation import scoring
-from symile_dist.evaluation.bootstrap import resample
+from symile_dist.evaluation.bootstrap import bootstrap_means, resample
 from symile_dist.evaluation.retrieval import (
     Direction,
     Retrieval,
@@ -21,7 +22,8 @@ from symile_dist.evaluation.retrieval import (
     parse_directions,
     retrieve,
 )
-from symile_dist.evaluation.scoring import distinct_rows
+from symile_dist.evaluation.scoring import Search, distinct_rows
+from symile_dist.seeding import philox
 from symile_dist.similarity import AreaSimilarity, MIPSimilarity, SumSimilarity, VolumeSimilarity
 
 A_FROM_BC = Direction("a", ("b", "c"))
@@ -199,7 +201,7 @@ def reference(
             for a, t in zip(above.tolist(), tied.tolist(), strict=True)
         ]
         recall[k] = torch.tensor(per_query, dtype=torch.float64)
-    times = resample(len(classes), resamples, seed=3)
+    times = torch.cat([*resample(len(classes), resamples, seed=3)])
     ranks = above + 1 + tied / 2
     drawn = [(best_share(scores, same, t[pool]) * t[rows])[t[rows] > 0].sum() / t[rows].sum() for t in times]
     recalled = {k: [float((values * t[rows]).sum() / t[rows].sum()) for t in times] for k, values in recall.items()}
@@ -332,6 +334,50 @@ def test_bootstrap_mean_and_standard_error_are_those_of_sampling() -> None:
     expected = (0.7 * 0.3 / 200) ** 0.5  # of a binomial
     assert abs(mean - 0.7) < 5 * expected / 100**0.5
     assert 0.7 * expected < error < 1.3 * expected
+
+
+def test_resamples_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers and figures, to the last bit, however many resamples are in memory together."""
+    representations, classes = whole_representations(), torch.arange(SAMPLES) % 5
+    for resamples in (1, 2, 3, 10, 11):
+        want = [np.random.Generator(philox("bootstrap", 3, r)).integers(0, SAMPLES, SAMPLES) for r in range(resamples)]
+        figures = []
+        for at_once, most in ((2**20, resamples), (3 * SAMPLES, 5), (1, 3)):
+            monkeypatch.setattr(bootstrap_module, "AT_ONCE", at_once)
+            parts = list(resample(SAMPLES, resamples, 3))
+            assert [row.tolist() for row in torch.cat(parts)] == [
+                np.bincount(d, minlength=SAMPLES).tolist() for d in want
+            ]
+            assert max(map(len, parts)) <= most, "more are in memory than should be"
+            assert min(map(len, parts)) > 1 or resamples == 1, "a resample alone is added up in another order"
+            found = retrieve(
+                MIPSimilarity(), representations, A_FROM_BC, classes, resamples=resamples, seed=3
+            ).as_dict()
+            figures.append((found, bootstrap_means([torch.arange(SAMPLES) / 3, classes / 7], resamples, 3)))
+        assert figures[0] == figures[1] == figures[2], resamples
+
+
+def test_memory_does_not_grow_with_the_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap_module, "AT_ONCE", 4 * SAMPLES)
+    sizes = []
+
+    def hits(self: Search, times: Tensor, wanted: Tensor) -> Tensor:
+        sizes.append(len(times))
+        return torch.zeros(wanted.shape, dtype=torch.float64)
+
+    monkeypatch.setattr(Search, "hits", hits)
+    found = retrieve(MIPSimilarity(), random_representations(), A_FROM_BC, resamples=1000)
+    assert max(sizes) == 4 and sum(sizes) == 1001 and found.accuracy_bootstrap == (0.0, 0.0)
+
+
+def test_figures_of_the_bootstrap_stay() -> None:
+    """As they were when all resamples were drawn at once."""
+    representations, classes = whole_representations(), torch.arange(SAMPLES) % 5
+    found = retrieve(MIPSimilarity(), representations, A_FROM_BC, classes, resamples=10, seed=3)
+    figures = (0.23889061487060115, 0.05244895624650689)
+    assert found.accuracy_bootstrap == pytest.approx(figures, abs=1e-14)
+    figures = (0.3020576884943334, 0.05831648015449903)
+    assert found.recall_bootstrap[10] == pytest.approx(figures, abs=1e-14)
 
 
 def test_bootstrap_is_a_function_of_its_seed() -> None:

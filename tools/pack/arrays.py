@@ -32,9 +32,13 @@ def open_array(path: Path) -> NDArray[Any]:
     found: NDArray[Any]
     if path.suffix == ".npy":
         try:
-            found = np.lib.format.open_memmap(path, mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path}: not a plain .npy array: {error}") from None
+            with np.errstate(over="ignore"):  # the product of a hostile shape
+                found = np.lib.format.open_memmap(path, mode="r")
+        except OSError:
+            raise
+        except Exception as error:  # a damaged header may raise almost anything (TokenError, MemoryError)
+            reason = str(error)[:LONGEST_REASON] or type(error).__name__
+            raise ValueError(f"{path}: not a plain .npy array: {reason}") from None
     else:
         found = _open_tensor(path)
     if found.dtype.kind not in "biuf" and found.dtype != _BFLOAT16:
@@ -45,6 +49,8 @@ def open_array(path: Path) -> NDArray[Any]:
 
 
 _BFLOAT16 = np.dtype([("bfloat16", "<u2")])
+LONGEST_REASON = 300
+"""Characters of another library's message: numpy repeats a header that it cannot read, of up to 10,000."""
 
 
 def _open_tensor(path: Path) -> NDArray[Any]:
@@ -68,10 +74,13 @@ def _open_tensor(path: Path) -> NDArray[Any]:
 
 def row_of(values: NDArray[Any], row: int) -> NDArray[Any]:
     """One row, copied; bfloat16 as float32, which holds it exactly."""
-    found = np.array(values[row])
-    if found.dtype == _BFLOAT16:
-        return np.asarray((found["bfloat16"].astype(np.uint32) << 16).view(np.float32))
-    return found
+    return _widened(np.array(values[row]))
+
+
+def _widened(values: NDArray[Any]) -> NDArray[Any]:
+    if values.dtype == _BFLOAT16:
+        return np.asarray((values["bfloat16"].astype(np.uint32) << 16).view(np.float32))
+    return values
 
 
 def cast(values: NDArray[Any], dtype: str) -> NDArray[Any]:
@@ -107,7 +116,10 @@ class ArrayMember:
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Arrays of n rows; row i of each belongs to sample i. Raises ValueError for unequal lengths."""
+    """Arrays of n rows; row i of each belongs to sample i.
+
+    Raises ValueError for unequal lengths, and for a fact that is NaN or infinite.
+    """
 
     layout: str
     members: tuple[ArrayMember, ...]
@@ -119,7 +131,14 @@ class ArraySource:
         for name, path in self.facts:
             if path.suffix != ".txt" and open_array(path).ndim != 1:
                 raise ValueError(f"{path}: has shape {open_array(path).shape}; '{name}' needs one number per sample")
-            lengths[path] = len(self._fact(path))
+            values = self._fact(path)
+            lengths[path] = len(values)
+            # JSON knows no NaN, and as a class it would make one class of all samples whose class is not known.
+            if path.suffix != ".txt" and len(odd := np.flatnonzero(~np.isfinite(values))):
+                raise ValueError(
+                    f"{path}: row {odd[0]}: '{name}' is {values[odd[0]]}; give every sample a number, or leave out "
+                    "the samples that have none"
+                )
         if len(set(lengths.values())) > 1:
             told = ", ".join(f"{path.name} {length}" for path, length in lengths.items())
             raise ValueError(f"the arrays are not equally long, so rows do not belong together: {told}")
@@ -182,7 +201,7 @@ class ArraySource:
 
     @staticmethod
     def _fact(path: Path) -> Any:
-        return _lines(path, path.stat().st_mtime_ns) if path.suffix == ".txt" else open_array(path)
+        return _lines(path, path.stat().st_mtime_ns) if path.suffix == ".txt" else _widened(open_array(path))
 
     @staticmethod
     def _json(facts: dict[str, Any], row: int) -> bytes:

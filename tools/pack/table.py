@@ -111,7 +111,10 @@ class Table:
 
     @staticmethod
     def _json_row(line: str) -> dict[str, Any]:
-        row = json.loads(line)
+        try:
+            row = json.loads(line)
+        except RecursionError:
+            raise ValueError("the JSON is nested too deeply") from None
         if not isinstance(row, dict):
             raise ValueError("not a JSON object")
         return row
