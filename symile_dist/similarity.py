@@ -23,7 +23,10 @@ rounding takes the determinant below. A clamped volume has the gradient zero: it
 SCORES_AT_ONCE = 2**22
 
 Similarity = Callable[[Tensor, Sequence[Tensor]], Tensor]
-"""similarity((K, D) candidates, [(Q, D), ...] queries) -> (Q, K) scores."""
+"""similarity((K, D) candidates, [(Q, D), ...] queries) -> (Q, K) scores.
+
+An attribute `normalize` that is true says that vectors are L2-normalised first, so that their lengths do not matter.
+"""
 
 
 def towards(similarity: Similarity, target: str, queries: Sequence[str]) -> Similarity:
@@ -101,6 +104,8 @@ class GeometricSimilarity(ABC):
     vectors. Losses call its three methods with unit vectors (`unit_rows`).
     """
 
+    normalize = True
+
     def __call__(self, candidates: Tensor, queries: Sequence[Tensor]) -> Tensor:
         """(K, D) candidates and one or more (Q, D) query representations -> (Q, K) scores: minus the distances.
 
@@ -124,8 +129,8 @@ class GeometricSimilarity(ABC):
 
     @abstractmethod
     def of_tuples(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors (N, D) -> what `between` needs of the N tuples that their rows of one number make: these tensors and
-        others of N rows."""
+        """Tensors (N, D) -> what `between` needs of the N tuples that their rows of one number make: tensors of N
+        rows each."""
 
     @abstractmethod
     def between(self, vectors: Tensor, tuples: list[Tensor]) -> Tensor:
@@ -140,28 +145,26 @@ class VolumeSimilarity(GeometricSimilarity):
     """
 
     def of_rows(self, vectors: Sequence[Tensor]) -> Tensor:
-        return _square_root(adjugate(_gram_matrices(vectors))[1])
+        return _square_root(_orthogonal(vectors)[1])
 
     def of_tuples(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """The vectors; adj(H) (N, m, m) and det(H) (N,) of their Gram matrices H."""
-        adjugates, determinants = adjugate(_gram_matrices(vectors).double())
-        return [*vectors, adjugates.to(vectors[0].dtype), determinants.to(vectors[0].dtype)]
+        """The first vectors; what completes them to orthonormal bases of the tuples, m - 1 tensors (N, D); and the
+        determinants (N,) of the tuples' Gram matrices."""
+        bases, determinants = _orthogonal(vectors)
+        return [vectors[0], *(unit_rows(direction) for direction in bases[1:]), determinants]
 
     def between(self, vectors: Tensor, tuples: list[Tensor]) -> Tensor:
-        """By the Schur complement: det G = |a|^2 det H - x^T adj(H) x, where x_k is the product of a and vector k.
+        """det G is the tuple's own times the square of what is left of the vector without its part in the tuple's span.
 
-        So a matrix (R, N) per modality of the tuples is all that is needed, and no M x M matrix per pair.
+        The vector's side from the tuple's first vector has as much left: in a narrow cone it is as short as what is
+        left itself, so nothing large is subtracted. A matrix (R, N) per modality of the tuples is all that is needed.
         """
-        *others, adjugates, determinants = tuples
-        products = [vectors @ other.T for other in others]
-        result = torch.outer(vectors.square().sum(dim=1), determinants)
-        for k, product in enumerate(products):
-            # The matrix is symmetric: twice what is below its diagonal.
-            half = adjugates[:, k, k] * product
-            for smaller in range(k):
-                half = half + 2 * adjugates[:, k, smaller] * products[smaller]
-            result = result - product * half
-        return _square_root(result)
+        first, *directions, determinants = tuples
+        left, products = _sides(vectors, first, directions)
+        along = (vectors.square().sum(dim=1)[:, None] - first.square().sum(dim=1) - left) / 2
+        for product in (along, *products):
+            left = left - product.square()
+        return _square_root(left * determinants)
 
 
 class AreaSimilarity(GeometricSimilarity):
@@ -186,57 +189,55 @@ class AreaSimilarity(GeometricSimilarity):
         return squares[0] if len(sides) == 1 else _area(squares[0], squares[1], (sides[0] * sides[1]).sum(dim=1))
 
     def of_tuples(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """The vectors, their squares (N,), and the products (N,) of the two, if they are two."""
-        squares = [tensor.square().sum(dim=1) for tensor in vectors]
-        return [*vectors, *squares, *([(vectors[0] * vectors[1]).sum(dim=1)] if len(vectors) == 2 else [])]
+        """The first vectors and, if there are two, the sides (N, D) from them to the second ones."""
+        return [vectors[0], *(vector - vectors[0] for vector in vectors[1:])]
 
     def between(self, vectors: Tensor, tuples: list[Tensor]) -> Tensor:
-        square = vectors.square().sum(dim=1)[:, None]
-        if len(tuples) == 2:
-            return square + tuples[1] - 2 * vectors @ tuples[0].T
-        first, second, of_first, of_second, of_both = tuples
-        to_first, to_second = vectors @ first.T, vectors @ second.T
-        return _area(
-            square + of_first - 2 * to_first,
-            square + of_second - 2 * to_second,
-            square - to_first - to_second + of_both,
-        )
+        first, *sides = tuples
+        squares, products = _sides(vectors, first, sides)
+        return _area(squares, sides[0].square().sum(dim=1), products[0]) if sides else squares
 
 
 def unit_rows(tensor: Tensor) -> Tensor:
     """(n, D) -> the rows L2-normalised, in float32 or more. A row of zeros stays one, and gets the gradient zero."""
     wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    # Squares of large numbers overflow. A row's direction, and so its gradient, is that of any multiple of it.
+    largest = wide.detach().abs().amax(dim=1, keepdim=True)
+    wide = wide / torch.where(largest > 2.0**50, largest, 1.0)
     length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
     return wide / torch.where(length > 1e-12, length, torch.inf)
 
 
-def adjugate(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, m, m) -> adj(A) (N, m, m) and det(A) (N,).
+def _orthogonal(vectors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """m tensors (n, D) -> orthogonal bases of what rows of one number span, m tensors (n, D); and the determinants (n,)
+    of their Gram matrices.
 
-    By the recursion of Faddeev and LeVerrier, which divides by no pivot: singular matrices are like any other, in the
-    gradient too.
+    By Gram and Schmidt's procedure. It takes the others' differences from the first vectors, which span the same and
+    lose no digits where all are nearly equal. A vector that depends on those before leaves zeros, or rounding.
     """
-    size = matrices.shape[-1]
-    identity = torch.eye(size, dtype=matrices.dtype, device=matrices.device)
-    power, coefficient = identity.expand_as(matrices), matrices.new_ones(matrices.shape[:1])
-    for number in range(1, size + 1):
-        product = matrices @ power
-        coefficient = -product.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / number
-        if number < size:
-            power = product + coefficient[:, None, None] * identity
-    sign = 1 if size % 2 else -1
-    return sign * power, -sign * coefficient
+    first, *others = vectors
+    bases, squares = list[Tensor](), list[Tensor]()
+    for vector in (first, *(other - first for other in others)):
+        for direction, square in zip(bases, squares, strict=True):
+            part = (vector * direction).sum(dim=1) / torch.where(square > 1e-24, square, torch.inf)
+            vector = vector - part[:, None] * direction
+        bases.append(vector)
+        squares.append(vector.square().sum(dim=1))
+    return bases, elementwise_product(squares)
 
 
-def _gram_matrices(vectors: Sequence[Tensor]) -> Tensor:
-    """m tensors (n, D) -> (n, m, m)."""
-    entries = {
-        (k, smaller): (vectors[k] * vectors[smaller]).sum(dim=1)
-        for k in range(len(vectors))
-        for smaller in range(k + 1)
-    }
-    rows = range(len(vectors))
-    return torch.stack([torch.stack([entries[max(k, q), min(k, q)] for q in rows], dim=1) for k in rows], dim=1)
+def _sides(vectors: Tensor, first: Tensor, directions: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """(R, D) unit vectors v, (N, D) others f, and directions (N, D) -> of the sides v - f, (R, N) each, their squares
+    and their products with every direction.
+
+    Sides stay what they are where all vectors are moved. So the centre of the f is subtracted: products of vectors in a
+    narrow cone are all but one, and float32 rounds away what tells them apart.
+    """
+    counted = first.detach().nan_to_num()  # what is not a number stays in its own row
+    centre = counted.sum(dim=0) / counted.square().sum().clamp(min=1)  # the mean of the rows that are not zero
+    vectors, first = vectors - centre, first - centre
+    squares = vectors.square().sum(dim=1)[:, None] + first.square().sum(dim=1) - 2 * vectors @ first.T
+    return squares, [vectors @ direction.T - (first * direction).sum(dim=1) for direction in directions]
 
 
 def _square_root(determinants: Tensor) -> Tensor:

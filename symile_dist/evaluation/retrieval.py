@@ -211,7 +211,7 @@ def retrieve(
     )
     above, tied = search.places(report)
     recall = {k: _recall(above, tied, k) for k in recall_at}
-    ranks = above + 1 + tied / 2
+    ranks = above + 1 + tied.double() / 2
     once = torch.ones((1, len(target)), dtype=torch.int64)
     accuracy = float(search.hits(once[:, pool], once[:, rows] > 0)[0].mean())
     accuracies: list[Tensor] = []

@@ -69,6 +69,8 @@ class ConFuLoss:
 class ConFuSimilarity:
     """How ConFu's representations are compared: with all others at hand, the candidate with their fusion."""
 
+    normalize = True
+
     def __init__(self, objective: ConFuObjective) -> None:
         self.objective, self.pairs = objective, SumSimilarity(normalize=True)
 

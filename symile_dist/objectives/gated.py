@@ -26,6 +26,16 @@ MAX_MODALITIES = 6
 """A score is a sum over 2^(M - 1) products."""
 
 
+class Projection(nn.Linear):
+    """(n, D) -> (n, H) in the precision of what comes in, also where an engine holds the weight in halves."""
+
+    def __init__(self, embedding_dim: int, hidden: int) -> None:
+        super().__init__(embedding_dim, hidden, bias=False)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return F.linear(vectors, self.weight.to(vectors.dtype))
+
+
 class Gate(nn.Module):
     """The gates of all ordered pairs of modalities, and their neutral directions.
 
@@ -36,8 +46,8 @@ class Gate(nn.Module):
 
     def __init__(self, number: int, embedding_dim: int, hidden: int, null_init: float) -> None:
         super().__init__()
-        self.queries = nn.ModuleList([nn.Linear(embedding_dim, hidden, bias=False) for _ in range(number)])
-        self.keys = nn.ModuleList([nn.Linear(embedding_dim, hidden, bias=False) for _ in range(number)])
+        self.queries = nn.ModuleList([Projection(embedding_dim, hidden) for _ in range(number)])
+        self.keys = nn.ModuleList([Projection(embedding_dim, hidden) for _ in range(number)])
         self.null = nn.Parameter(torch.full((number, number), null_init))
         # The direction of ones leaves a product as it is but for a factor: a modality of which nothing is taken.
         self.neutral = nn.Parameter(torch.ones(number, embedding_dim))
@@ -45,7 +55,8 @@ class Gate(nn.Module):
     def forward(self, target: int, candidates: Tensor, others: Mapping[int, Tensor]) -> Tensor:
         """Scores of unit vectors: (K, D) candidates of the target modality, {modality: (Q, D)} -> (K, Q).
 
-        A modality that is not among `others` is neutral.
+        A modality that is not among `others` is neutral. Computed in the vectors' precision, under autocast too: a
+        factor as large as D^((M - 1) / 2) multiplies the scores.
         """
         return self._scores(target, candidates, others, torch.matmul)
 
@@ -64,29 +75,30 @@ class Gate(nn.Module):
         others: Mapping[int, Tensor],
         multiply: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        asked = self.queries[target](candidates.to(self.neutral.dtype))
-        units = unit_rows(self.neutral).to(candidates.dtype)
-        numbers = [k for k in range(len(self.keys)) if k != target]
-        gates: dict[int, Tensor] = {}
-        for k, vectors in others.items():
-            offered = self.keys[k](vectors.to(self.neutral.dtype))
-            attention = multiply(asked, offered.mT) / asked.shape[1] ** 0.5
-            attention = attention.to(torch.promote_types(attention.dtype, torch.float32))
-            gates[k] = torch.sigmoid(attention - self.null[target, k]).to(candidates.dtype)
-        total: Tensor | None = None
-        for taken in product(*[(True, False) if k in others else (False,) for k in numbers]):
-            choice = dict(zip(numbers, taken, strict=True))
-            vectors = elementwise_product([others[k] if choice[k] else units[k : k + 1] for k in numbers])
-            weight = [gates[k] if choice[k] else 1 - gates[k] for k in others]
-            term = multiply(candidates, vectors.mT)
-            term = term * elementwise_product(weight) if weight else term
-            total = term if total is None else total + term
+        with torch.autocast(candidates.device.type, enabled=False):
+            asked = self.queries[target](candidates)
+            units = unit_rows(self.neutral).to(candidates.dtype)
+            numbers = [k for k in range(len(self.keys)) if k != target]
+            gates: dict[int, Tensor] = {}
+            for k, vectors in others.items():
+                attention = multiply(asked, self.keys[k](vectors).mT) / asked.shape[1] ** 0.5
+                gates[k] = torch.sigmoid(attention - self.null[target, k])
+            total: Tensor | None = None
+            for taken in product(*[(True, False) if k in others else (False,) for k in numbers]):
+                choice = dict(zip(numbers, taken, strict=True))
+                vectors = elementwise_product([others[k] if choice[k] else units[k : k + 1] for k in numbers])
+                weight = [gates[k] if choice[k] else 1 - gates[k] for k in others]
+                term = multiply(candidates, vectors.mT)
+                term = term * elementwise_product(weight) if weight else term
+                total = term if total is None else total + term
         assert total is not None
         return total
 
 
 class GatedSimilarity:
     """Gated scores: of every direction its own, in which modalities that are not among the queries are neutral."""
+
+    normalize = True
 
     def __init__(self, gate: Gate, modalities: list[str]) -> None:
         self.gate, self.modalities = gate, modalities
@@ -108,7 +120,8 @@ class GatedSimilarity:
 class GatedSymileObjective(nn.Module):
     """Symile's loss on gated scores of unit vectors times D^((M - 1) / 2), with "n" negatives drawn from (seed, step).
 
-    The paper's embedding has 256 dimensions and its logit scale begins at one: `logit_scale_init: 0`.
+    The paper's embedding has 256 dimensions and its logit scale begins at one: `logit_scale_init: 0`. Halves are
+    computed in float32, under autocast too.
 
     Args:
         modalities: their names, in order.
@@ -140,10 +153,9 @@ class GatedSymileObjective(nn.Module):
             batch.valid,
             None,
             description=f"Gated Symile, seed={self.seed}, step={step}",
-            normalize=True,
         )
         scale = as_scale(outputs.logit_scale, whole.own) * self.factor
-        vectors = whole.gather_all()
+        vectors = [unit_rows(vector) for vector in whole.gather_all()]
         permutations = draw_permutations(
             len(vectors), whole.size, self.seed, step, whole.valid, device=whole.own.device
         )

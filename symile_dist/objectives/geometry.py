@@ -30,7 +30,7 @@ from symile_dist.similarity import AreaSimilarity, GeometricSimilarity, VolumeSi
 from symile_dist.types import Batch, Outputs, StepReport
 
 LOGITS = {"cpu": 2**20, "cuda": 2**24}
-"""Logits at once, at most, unless one row has more. Some M (M + 1) times as many numbers exist at a time."""
+"""Logits at once, at most, unless one row has more. Some M + 12 times as many numbers exist at a time."""
 
 
 class _GeometricLoss:

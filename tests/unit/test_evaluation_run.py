@@ -335,6 +335,12 @@ def test_zero_shot_classification(named: Path, tmp_path: Path, normalize: bool |
         assert (row["samples"], row["classes"], row["chance"]) == (len(kept), 4, 0.25)
 
 
+def test_prompts_are_normalised_where_the_objective_normalises(named: Path, tmp_path: Path) -> None:
+    run, _ = text_run(named, tmp_path, "objective=gram", "model.normalization=layer_norm")
+    results = evaluate_run(run, split="train", zero_shot_file=write_yaml(tmp_path, queries=["a"]), metrics=())
+    assert results["zero_shot"]["a"]["normalize"] is True
+
+
 def encoded_text(module: TrainingModule, text: str) -> Tensor:
     from symile_dist.data.batches import collate
     from symile_dist.data.transforms import CharacterTransform

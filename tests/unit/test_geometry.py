@@ -24,7 +24,7 @@ from symile_dist.objectives import (
 )
 from symile_dist.objectives.reference import gram_loss_reference, triangle_loss_reference
 from symile_dist.registry import OBJECTIVES, build
-from symile_dist.similarity import AreaSimilarity, VolumeSimilarity, adjugate, unit_rows
+from symile_dist.similarity import AreaSimilarity, VolumeSimilarity, unit_rows
 from symile_dist.types import Batch, Outputs
 
 VALID = {
@@ -157,20 +157,17 @@ def test_losses_of_wrong_answers_keep_their_digits() -> None:
 # -- degenerate vectors ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
-def test_adjugate_and_determinant_of_singular_matrices_too(size: int) -> None:
-    vectors = torch.randn(5, size, 7, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
-    regular = vectors @ vectors.mT
-    adjugates, determinants = adjugate(regular)
-    torch.testing.assert_close(determinants, torch.linalg.det(regular), rtol=1e-10, atol=1e-10)
-    want = torch.linalg.inv(regular) * torch.linalg.det(regular)[:, None, None]
-    torch.testing.assert_close(adjugates, want, rtol=1e-9, atol=1e-9)
-    singular = torch.ones(1, size, size, dtype=torch.float64).requires_grad_()
-    adjugates, determinants = adjugate(singular)
-    (gradient,) = torch.autograd.grad(determinants.sum(), singular)  # Jacobi: adj(A)^T
-    torch.testing.assert_close(gradient, adjugates.mT.detach(), rtol=1e-12, atol=1e-12)
-    if size > 1:
-        assert determinants.abs().max() < 1e-12
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("number", [3, 4, 6])
+def test_linearly_dependent_queries_have_the_smallest_volume_and_no_gradient(number: int, dtype: torch.dtype) -> None:
+    volume = VolumeSimilarity()
+    anchor, *queries = torch.randn(number, 8, 7, generator=torch.Generator().manual_seed(number), dtype=dtype)
+    for last in (queries[0], queries[-1], queries[0] - 2 * queries[-1]):
+        vectors = [unit_rows(vector).requires_grad_() for vector in (anchor, *queries, last)]
+        for found in (volume.between(vectors[0], volume.of_tuples(vectors[1:])), volume.of_rows(vectors)):
+            torch.testing.assert_close(found, torch.full_like(found, 1e-6), rtol=1e-6, atol=0)
+            for gradient in torch.autograd.grad(found.sum(), vectors):
+                assert not gradient.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -209,6 +206,40 @@ def test_positives_keep_their_digits_in_float32() -> None:
     got = loss_and_gradients(GramLoss(), tensors, None)
     assert got[0].dtype == torch.float32
     check([value.double() for value in got], want, tolerance=1e-6)
+
+
+def narrow_cone(number: int, spread: float) -> list[Tensor]:
+    """float32 (24, 32) whose mean cosine is about 1 - spread^2; those of one number are twice as near to each other."""
+    generator = torch.Generator().manual_seed(number)
+    axis, *noise = (
+        F.normalize(torch.randn(24, 32, generator=generator, dtype=torch.float64), dim=1) for _ in range(number + 2)
+    )
+    samples = axis[0] + spread * noise[0]
+    return [F.normalize(samples + spread / 2 * own, dim=1).float() for own in noise[1:]]
+
+
+CONES = [("gram", 2, 0.01), ("gram", 3, 0.01), ("gram", 4, 0.1), ("gram", 5, 0.1), ("triangle", 3, 0.01)]
+"""Of more vectors the volumes come to the smallest there is in a wider cone."""
+
+
+@pytest.mark.parametrize(("name", "number", "spread"), CONES)
+def test_scores_and_gradients_in_a_narrow_cone_keep_their_digits_in_float32(
+    name: str, number: int, spread: float
+) -> None:
+    tensors = narrow_cone(number, spread)
+    wide = [tensor.double() for tensor in tensors]
+    scores, exact = (FAST[name].similarity(candidates, queries) for candidates, *queries in (tensors, wide))
+    assert (exact.argmax(dim=1) == torch.arange(24)).all()
+    error = ((scores - exact).norm() / exact.norm()).item()
+    assert error < 1e-5, f"scores are off by {error:.1e}"
+    gradients = []
+    for loss, given in ((REFERENCE[name], wide), (FAST[name](), tensors)):
+        leaves = [tensor.requires_grad_() for tensor in given]
+        value = loss(leaves, -1 / exact.mean())
+        gradients.append(torch.cat([gradient.double() for gradient in torch.autograd.grad(value, leaves)]))
+    want, got = gradients
+    error = ((got - want).norm() / want.norm()).item()
+    assert error < 2e-5, f"gradients are off by {error:.1e}"
 
 
 # -- invalid rows ----------------------------------------------------------------------------------------------------
@@ -411,9 +442,50 @@ def test_similarities_are_minus_volumes_and_areas(rows: int, monkeypatch: pytest
         assert each(candidates.bfloat16(), [queries[0].bfloat16()]).dtype == torch.float32
 
 
+@pytest.mark.parametrize("similarity", [VolumeSimilarity(), AreaSimilarity()])
+def test_what_is_not_a_number_spoils_its_own_scores_only(similarity: Any) -> None:
+    candidates, *queries = (tensor.detach() for tensor in representations(3))
+    plain = similarity(candidates, queries)
+    candidates[2, 0], queries[0][5, 1], queries[1][7, 3] = math.nan, math.nan, math.inf
+    spoiled = similarity(candidates, queries)
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[[5, 7]] = expected[:, 2] = True
+    assert torch.equal(spoiled.isnan(), expected)
+    torch.testing.assert_close(spoiled[~expected], plain[~expected], rtol=1e-12, atol=1e-13)
+
+
 def test_distances_of_rows_are_the_diagonals() -> None:
     for each, numbers in ((VolumeSimilarity(), (2, 3, 4)), (AreaSimilarity(), (2, 3))):
         for number in numbers:
             vectors = [unit_rows(tensor.detach()) for tensor in representations(number)]
             pairs = each.between(vectors[0], each.of_tuples(vectors[1:]))
             torch.testing.assert_close(each.of_rows(vectors), pairs.diagonal(), rtol=1e-12, atol=1e-13)
+
+
+# -- unit vectors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rows_of_any_length_become_unit_vectors(dtype: torch.dtype) -> None:
+    drawn = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    lengths = torch.tensor([1e-3, 1.0, 1e14, 1e17, 1e30, 1e37], dtype=torch.float64)
+    weights = torch.arange(30.0, dtype=torch.float64).reshape(6, 5).sin()
+    rows = (drawn * lengths[:, None]).to(dtype).requires_grad_()
+    exact = rows.detach().double().requires_grad_()
+    got, want = unit_rows(rows), F.normalize(exact, dim=1)
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
+    (gradient,) = torch.autograd.grad((got * weights).sum(), rows)
+    (slope,) = torch.autograd.grad((want * weights).sum(), exact)
+    difference = (gradient.double() - slope) * exact.detach().norm(dim=1, keepdim=True)
+    assert difference.abs().max() < (1e-2 if dtype == torch.bfloat16 else 10 * tolerance)
+
+
+def test_unit_rows_of_zeros_and_of_what_is_not_a_number() -> None:
+    rows = torch.ones(4, 3)
+    rows[0], rows[1, 2], rows[2, 0] = 0.0, math.inf, math.nan
+    rows.requires_grad_()
+    units = unit_rows(rows)
+    assert units.isnan().any(dim=1).tolist() == [False, True, True, False]
+    (gradient,) = torch.autograd.grad(units[0].sum() + units[3, 0], rows)
+    assert not units[0].any() and not gradient[0].any() and gradient[3].any()

@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from symile_dist.objectives import ConFuLoss, ConFuObjective, GatedSymileObjective
+from symile_dist.objectives import (
+    ConFuLoss,
+    ConFuObjective,
+    GatedSymileObjective,
+    GramObjective,
+    PairwiseClipObjective,
+    SymileObjective,
+    TriangleObjective,
+)
 from symile_dist.objectives.gated import Gate
 from symile_dist.objectives.negatives import draw_permutations
 from symile_dist.similarity import towards
@@ -166,3 +174,69 @@ def test_a_gate_that_takes_nothing_ignores_a_bad_modality() -> None:
         scores = gate(0, units[0], {1: units[1], 2: units[2]})
         other = gate(0, units[0], {1: units[1], 2: F.normalize(torch.randn_like(units[2]), dim=1)})
     torch.testing.assert_close(scores, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weights", ["float32", "halves"])
+def test_gated_losses_of_halves_are_those_of_the_same_numbers_in_float32(dtype: torch.dtype, weights: str) -> None:
+    torch.manual_seed(0)
+    names, rows = ["a", "b", "c", "d", "e"], 8
+    objective = GatedSymileObjective(5, names, 64, hidden=8).to(dtype)
+    objective = objective.float() if weights == "float32" else objective
+    shared = torch.randn(rows, 64)
+    halves = [(shared + 2 * torch.randn(rows, 64)).to(dtype) for _ in names]
+    scale = torch.tensor(20.0)
+    assert scale * objective.factor > torch.finfo(torch.float16).max
+    batch = Batch(
+        {}, torch.ones(rows, len(names), dtype=torch.bool), torch.ones(rows, dtype=torch.bool), torch.arange(rows)
+    )
+    found = []
+    for kind, autocast in ((dtype, False), (dtype, True), (torch.float32, False)):
+        if kind == torch.float32:
+            objective = objective.float()
+        given = [half.to(kind).requires_grad_() for half in halves]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = objective(Outputs(dict(zip(names, given, strict=True)), scale), batch, 3).loss
+        gradients = torch.cat(torch.autograd.grad(loss, given))
+        assert loss.dtype == torch.float32 and gradients.dtype == kind
+        found.append((loss.detach(), gradients.float()))
+    loss, gradients = found.pop()
+    assert loss > 0.1 and gradients.any()
+    for of_halves, slope in found:
+        torch.testing.assert_close(of_halves, loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(slope, gradients, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gated_scores_of_halves_are_those_of_the_same_numbers_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    objective = GatedSymileObjective(0, NAMES, DIMENSION, hidden=4).to(dtype)
+    image, audio, text = (vector.to(dtype) for vector in vectors(3))
+    got = towards(objective.similarity, "audio", ["image", "text"])(audio, [image, text])
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = towards(objective.similarity, "audio", ["image", "text"])(audio, [image, text])
+    objective = objective.float()
+    want = towards(objective.similarity, "audio", ["image", "text"])(audio.float(), [image.float(), text.float()])
+    for scores in (got, under_autocast):
+        torch.testing.assert_close(scores, want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("objective", "normalizes"),
+    [
+        (SymileObjective(seed=0), False),
+        (SymileObjective(seed=0, normalize=True), True),
+        (PairwiseClipObjective(normalize=True), True),
+        (GramObjective(NAMES), True),
+        (TriangleObjective(NAMES), True),
+        (ConFuObjective(NAMES, DIMENSION), True),
+        (GatedSymileObjective(0, NAMES, DIMENSION), True),
+    ],
+)
+def test_similarities_that_no_length_changes_say_so(objective: torch.nn.Module, normalizes: bool) -> None:
+    """Zero-shot classification then takes the means of normalised prompts."""
+    image, audio, text = (vector.float() for vector in vectors(3))
+    score = towards(objective.similarity, "audio", ["image", "text"])  # type: ignore[arg-type]
+    plain, scaled = score(audio, [image, text]), score(5 * audio, [image, 3 * text])
+    assert torch.allclose(plain, scaled, rtol=1e-4, atol=1e-5) is normalizes
+    assert getattr(objective.similarity, "normalize", False) is normalizes
