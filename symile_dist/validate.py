@@ -214,9 +214,15 @@ def accuracies(
 def bound_values(objective: nn.Module, held_out: HeldOut, global_batch_size: int) -> dict[str, float]:
     """log N - loss, which bounds the total correlation from below, and its ceiling log N (in nats).
 
-    Only for objectives that say so (`bounds_total_correlation`) and batches that hold N samples.
+    Only for objectives that say so (`bounds_total_correlation`) and batches that hold N samples. Of one that contrasts
+    with K > N candidates (`candidates`: Symile's "n_squared", K = N^(M - 1), and "sheets") log K - loss besides: an
+    estimate, as candidates that share samples are not independent.
     """
     if held_out.full_batch_loss is None or not getattr(objective, "bounds_total_correlation", False):
         return {}
     ceiling = math.log(global_batch_size)
-    return {"total_correlation_bound": ceiling - held_out.full_batch_loss, "total_correlation_ceiling": ceiling}
+    found = {"total_correlation_bound": ceiling - held_out.full_batch_loss, "total_correlation_ceiling": ceiling}
+    count = getattr(objective, "candidates", None)
+    if count is not None and (candidates := count(global_batch_size, held_out.present.shape[1])) > global_batch_size:
+        found["total_correlation_estimate"] = math.log(candidates) - held_out.full_batch_loss
+    return found

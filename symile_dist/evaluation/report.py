@@ -39,6 +39,8 @@ def format_results(results: Mapping[str, Any]) -> str:
             f"; total correlation at least {results['total_correlation_bound']:.3f} nats "
             f"(this bound cannot exceed log N = {results['total_correlation_ceiling']:.3f})"
         )
+    if results.get("total_correlation_estimate") is not None:
+        loss += f", about {results['total_correlation_estimate']:.3f} by the number of candidates (an estimate)"
     parts.append(loss)
     if "export" in results:
         parts.append(f"embeddings of {results['export']['samples']} samples in {results['export']['path']}")

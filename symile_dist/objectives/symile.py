@@ -258,6 +258,12 @@ class SymileObjective(nn.Module):
         if modalities and global_batch_size and (problem := self.loss.size_problem(global_batch_size, len(modalities))):
             raise ValueError(f"objective 'symile': {problem}")  # before any work starts
 
+    def candidates(self, global_batch_size: int, modalities: int) -> int:
+        """Of every anchor: its positive and its negatives."""
+        if self.loss.negative_sampling == "n_squared":
+            return int(global_batch_size ** (modalities - 1))
+        return global_batch_size * (self.loss.sheets or 1)
+
     def forward(self, outputs: Outputs, batch: Batch, step: int) -> StepReport:
         representations = list(outputs.representations.values())
         present = batch.present if self.exclude_missing else None

@@ -546,6 +546,21 @@ def test_a_model_that_diverged_still_gives_json(data: Path, tmp_path: Path, caps
     assert found["loss"] is None and found["total_correlation_bound"] is None
 
 
+@pytest.mark.parametrize(("objective", "factor"), [("n", None), ("n_squared", 12), ("sheets, sheets: 3", 3)])
+def test_more_candidates_than_the_batch_give_an_estimate(run: Path, objective: str, factor: int | None) -> None:
+    """Beside the bound, which holds for N of them."""
+    section = f"objective={{name: symile, negative_sampling: {objective}}}"
+    found = evaluate_run(run, overrides=[section], metrics=["statistics"])
+    assert found["total_correlation_bound"] == pytest.approx(
+        found["total_correlation_ceiling"] - found["loss"], abs=0.5
+    )
+    if factor is None:
+        assert "total_correlation_estimate" not in found
+    else:
+        more = found["total_correlation_estimate"] - found["total_correlation_bound"]
+        assert more == pytest.approx(math.log(factor))
+
+
 def test_what_is_evaluated_does_not_make_another_run(data: Path, tmp_path: Path) -> None:
     """The `evaluation` section is no part of what a checkpoint depends on."""
     plain, other = configured(data, tmp_path), configured(data, tmp_path, "evaluation.directions=others")
