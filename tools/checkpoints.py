@@ -449,7 +449,7 @@ def _copied(source: Path, files: Path, copied: dict[Path, str]) -> str:
 
 def _results(config: Config, step: int) -> list[dict[str, Any]]:
     """What `symile-dist evaluate` has written of a step, split by split, without this machine's paths."""
-    from symile_dist.tools.evaluate import RESULTS
+    from symile_dist.tools.results import RESULTS
 
     found = []
     for path in sorted((config.run_directory / RESULTS).glob("*.json")):

@@ -7,31 +7,24 @@ Alone, or on several processes that torchrun starts, which read, encode and scor
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from symile_dist import __version__, gradcache
-from symile_dist.checkpoint.manifest import CheckpointError, folder_name, read_manifest
-from symile_dist.checkpoint.reshape import consolidated_weights
-from symile_dist.config import Component, Config
+from symile_dist import __version__
+from symile_dist.checkpoint.manifest import read_manifest
+from symile_dist.config import Config
 from symile_dist.data.batches import StepDataset
-from symile_dist.data.loader import Loader, open_validation
-from symile_dist.distributed import broadcast_object, gather_objects, rank, world_size
-from symile_dist.errors import RunFailed
+from symile_dist.distributed import broadcast_object, rank
 from symile_dist.evaluation.bootstrap import bootstrap_means
 from symile_dist.evaluation.candidates import (
     CandidateLists,
@@ -43,182 +36,28 @@ from symile_dist.evaluation.candidates import (
 )
 from symile_dist.evaluation.embeddings import EmbeddingRows, write_embeddings
 from symile_dist.evaluation.probe import Split, logistic_probe
-from symile_dist.evaluation.report import draw_retrieval, format_results
+from symile_dist.evaluation.report import format_results
 from symile_dist.evaluation.retrieval import class_numbers, number, parse_directions, retrieve
 from symile_dist.evaluation.statistics import alignment, effective_rank, uniformity
 from symile_dist.evaluation.zero_shot import zero_shot
-from symile_dist.model import TrainingModule
-from symile_dist.run_directory import CONFIG_FILE, load_run
 from symile_dist.similarity import Similarity, towards
-from symile_dist.storage import read_json, write_json, write_text
-from symile_dist.tools.checkpoints import find_checkpoint
 from symile_dist.tools.progress import Report, silent
 from symile_dist.tools.prompts import ZeroShotTask, encoded_classes, read_task
-from symile_dist.types import Batch, Fault, Representation, StepReport
+from symile_dist.tools.results import RESULTS, write_results
+from symile_dist.tools.trained import Trained, find_device, open_trained, processes_of_torchrun, split_directory
 from symile_dist.validate import (
     HeldOut,
     HeldOutPart,
     bound_values,
     embeddings_of,
-    held_out_parts,
     joined,
     presence,
     similarity_of,
-    telling,
 )
 
 METRICS = ("retrieval", "statistics")
-RESULTS = "evaluation"
-"""The folder of a run's directory that results are written to."""
 PROBE_SAMPLES = 20_000
 logger = logging.getLogger(__name__)
-
-
-def split_directory(config: Config, split: str) -> str:
-    """The folder of a split's shards; the validation shards stand in for a test split that the config lacks."""
-    data = config.data
-    if split == "train" and len(data.train) > 1:
-        raise ValueError(f"data.train is a mixture of {', '.join(data.train)}: set data.test to one of their folders")
-    train = next(iter(data.train.values())).path
-    directory = {"test": data.test or data.validation, "validation": data.validation, "train": train}[split]
-    if directory is None:
-        raise ValueError(f"the config names no shards for the {split} split (data.{split}); try --split train")
-    return directory
-
-
-def find_device(name: str) -> torch.device:
-    """`auto` (a GPU if there is one), `cpu` or `cuda`. Raises ValueError for a GPU that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: should be auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
-
-
-@contextlib.contextmanager
-def processes_of_torchrun(device: torch.device) -> Iterator[None]:
-    """The process group that torchrun's environment describes, where there is one and none is made yet."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def load_trained(config: Config, folder: Path) -> TrainingModule:
-    """The model and objective of a config with a checkpoint's weights, on the CPU, in evaluation mode.
-
-    Raises CheckpointError for a checkpoint that is damaged or of another model.
-    """
-    module = TrainingModule(config)
-    weights = consolidated_weights(folder)
-    try:
-        missing, unknown = module.load_weights(weights)
-    except RuntimeError as mismatch:  # of sizes
-        raise CheckpointError(
-            f"{folder}: was made by another model than the run's config describes: {mismatch}"
-        ) from None
-    if missing or unknown:
-        raise CheckpointError(
-            f"{folder}: was made by another model than {config.run_directory / CONFIG_FILE} describes; "
-            f"lacking: {', '.join(missing[:3]) or 'none'}; unknown: {', '.join(unknown[:3]) or 'none'}"
-        )
-    return module.eval()
-
-
-class Trained(NamedTuple):
-    """A run's model, ready to look at splits."""
-
-    config: Config
-    """With as many workers as there are processes here."""
-    module: TrainingModule
-    device: torch.device
-    encoded_at_once: int
-
-    def parts(
-        self,
-        directory: str,
-        max_samples: int | None = None,
-        metadata: Sequence[str] = (),
-        progress: Report = silent,
-        stage: str = "encoding",
-    ) -> Pass:
-        """One pass over a folder of shards; the parts raise RunFailed at their end where too much was unreadable."""
-        dataset, steps = open_validation(self.config, directory, rank(), max_samples, metadata=metadata)
-        samples = sum(dataset.populations[0].sizes(0))
-        samples = samples if max_samples is None else min(samples, max_samples)
-        faults: list[Fault] = []
-        batches = telling(Loader(dataset, self.config, 0, steps), faults)
-        made = held_out_parts(self._forward, batches, embeddings_of(self.module.objective))
-
-        def parts() -> Iterator[HeldOutPart]:
-            read = 0
-            progress(stage, 0, steps)
-            for done, part in enumerate(made, 1):
-                read += len(part.labels)
-                yield part
-                progress(stage, done, steps)
-            _tell_unreadable(self.config, directory, faults, read, samples)
-
-        return Pass(dataset, samples, parts())
-
-    def _forward(self, batch: Batch, step: int) -> tuple[StepReport, dict[str, Representation]]:
-        encode = partial(self.module, step=None)
-        return gradcache.forward(encode, self.module, batch.to(self.device), step, size=self.encoded_at_once)
-
-
-class Pass(NamedTuple):
-    dataset: StepDataset
-    samples: int
-    """That can be read, if nothing is damaged."""
-    parts: Iterator[HeldOutPart]
-
-
-def _tell_unreadable(config: Config, directory: str, faults: list[Fault], read: int, total: int) -> None:
-    """Warns of samples that could not be read, on any rank; raises RunFailed, on all, where they are too many.
-
-    Figures of a part of a split should not be taken for those of the split.
-    """
-    told = [fault for part in gather_objects(faults) for fault in part]
-    if not told:
-        return
-    words = (
-        f"{directory}: {total - read} of {total} samples could not be read: {'; '.join(map(str, told[:3]))}"
-        f"{f' and {len(told) - 3} more' if len(told) > 3 else ''}"
-    )
-    stop = config.data.on_error == "stop"
-    if stop or total - read > config.data.max_bad_fraction * total:
-        limit = "data.on_error = stop" if stop else f"more than data.max_bad_fraction = {config.data.max_bad_fraction}"
-        raise RunFailed(
-            f"{words}; {limit}. Mend the shards (symile-dist shards verify {directory} names everything that is wrong "
-            "with them), or evaluate what can be read with data.on_error=quarantine data.max_bad_fraction=1"
-        )
-    if rank() == 0:
-        logger.warning("%s", words)
-
-
-def _trained(run: str | Path, step: str, overrides: Sequence[str], device: torch.device) -> tuple[Trained, Path]:
-    found = load_run(run, list(overrides))
-    world = world_size()
-    if found.train.global_batch_size % world:
-        raise ValueError(
-            f"{world} processes do not divide train.global_batch_size = {found.train.global_batch_size}, the batch of "
-            "the loss"
-        )
-    # These processes read what all ranks read together, and as many samples are encoded at once as a rank held.
-    config = found.model_copy(update={"ray": found.ray.model_copy(update={"num_workers": world})})
-    if config.objective.options.get("backend") == "triton" and device.type == "cpu":  # the loss is the same
-        options = config.objective.options | {"backend": "auto"}
-        config = config.model_copy(update={"objective": Component(name=config.objective.name, **options)})
-    folder = find_checkpoint(config, step)
-    return Trained(config, load_trained(config, folder).to(device), device, found.encoded_at_once), folder
 
 
 def evaluate_run(
@@ -282,7 +121,7 @@ def evaluate_run(
     metadata = list(dict.fromkeys(metadata))
     where = find_device(device)
     with processes_of_torchrun(where):
-        trained, folder = _trained(run, step, [*overrides, *_as_overrides(resamples, directions, recall_at)], where)
+        trained, folder = open_trained(run, step, [*overrides, *_as_overrides(resamples, directions, recall_at)], where)
         config, section = trained.config, trained.config.evaluation
         begin = time.perf_counter()
         task_file = zero_shot_file or section.zero_shot
@@ -347,7 +186,7 @@ def evaluate_run(
         results["device"], results["seconds"] = str(where.type), time.perf_counter() - begin
         results = broadcast_object(results)  # the time is each process's own
         if write and measured and rank() == 0:
-            _write(config.run_directory / RESULTS, results, max_samples, figure)
+            write_results(config.run_directory / RESULTS, results, max_samples, figure)
     return results
 
 
@@ -610,47 +449,4 @@ def _probed(split: HeldOut, names: Sequence[str], modalities: Sequence[str]) -> 
     return Split(vectors.numpy(), np.asarray(split.labels)[there.numpy()])
 
 
-def _write(folder: Path, results: dict[str, Any], max_samples: int | None, figure: bool) -> None:
-    """Writes RUN/evaluation/SPLIT-step-N.json, .md and the figures, beside what else was measured of these samples."""
-    split = results["split"] if max_samples is None else f"{results['split']}-first-{max_samples}"
-    name = f"{split}-{folder_name(results['step'])}"
-    earlier = _earlier(folder / f"{name}.json")
-    if earlier.get("shards", results["shards"]) != results["shards"]:  # another folder of that name
-        name = f"{split}-{hashlib.sha256(results['shards'].encode()).hexdigest()[:8]}-{folder_name(results['step'])}"
-        earlier = _earlier(folder / f"{name}.json")
-    figures = [folder / f"{name}.{suffix}" for suffix in ("png", "svg")]
-    if "retrieval" in results:
-        for file in figures:
-            file.unlink(missing_ok=True)
-        earlier.pop("figures", None)
-    whole = _together(earlier, results)
-    rows = list(whole.get("retrieval", {}).values())
-    if figure and "retrieval" in results and any(row["accuracy"] is not None for row in rows):
-        title = f"{results['run']}, step {results['step']}, {results['split']} split"
-        draw_retrieval(rows, title, folder / name, ("png", "svg"))
-        results["figures"] = whole["figures"] = list(map(str, figures))
-    write_json(folder / f"{name}.json", whole)
-    write_text(folder / f"{name}.md", format_results(whole) + "\n")
-
-
-def _earlier(file: Path) -> dict[str, Any]:
-    try:
-        found = read_json(file)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _together(earlier: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """Results, and what an earlier evaluation of the same weights and samples has found besides."""
-    if any(earlier.get(key) != results[key] for key in ("run", "step", "shards", "samples", "loss")):
-        return dict(results)
-    whole = {**earlier, **results}
-    if "retrieval" in results and earlier.get("protocol") == results["protocol"]:
-        rows = {**earlier["retrieval"], **results["retrieval"]}
-        if len({tuple(row["recall"]) for row in rows.values()}) == 1:  # else they make no table
-            whole["retrieval"] = rows
-    return whole
-
-
-__all__ = ["METRICS", "evaluate_run", "find_checkpoint", "format_results", "load_trained", "split_directory"]
+__all__ = ["METRICS", "RESULTS", "evaluate_run", "format_results"]

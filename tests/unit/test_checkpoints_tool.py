@@ -30,7 +30,8 @@ from symile_dist.model import TrainingModule
 from symile_dist.registry import OBJECTIVES
 from symile_dist.tools import checkpoints as tool
 from symile_dist.tools.checkpoints import PAPERS, export, list_checkpoints, verify_checkpoints
-from symile_dist.tools.evaluate import evaluate_run, load_trained
+from symile_dist.tools.evaluate import evaluate_run
+from symile_dist.tools.trained import load_trained
 from tests.pretrained import save_clip, save_text, save_whisper
 from tests.shards import config_text, key_of, npy_bytes, sample_array, sample_members, write_tar
 from tests.untrained import untrained_run

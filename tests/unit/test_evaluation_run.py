@@ -25,8 +25,10 @@ from symile_dist.evaluation.statistics import effective_rank
 from symile_dist.model import TrainingModule
 from symile_dist.similarity import MIPSimilarity
 from symile_dist.tools import evaluate
+from symile_dist.tools.checkpoints import find_checkpoint
 from symile_dist.tools.evaluate import evaluate_run
 from symile_dist.tools.prompts import read_task
+from symile_dist.tools.trained import find_device, load_trained
 from symile_dist.types import Batch, Outputs, StepReport
 from symile_dist.validate import HeldOut, accuracies
 from tests.shards import CLASSES, config_text, key_of, npy_bytes, sample_array, write_shards, write_tar
@@ -316,7 +318,7 @@ def test_zero_shot_classification(named: Path, tmp_path: Path, normalize: bool |
     results = evaluate_run(run, split="train", zero_shot_file=file, metrics=(), export=tmp_path / "e.parquet")
     assert set(results["zero_shot"]) == {"a", "a_b"} and (run / "evaluation").exists()
     # By hand, prompt by prompt: their lengths differ, so they are padded when they come together.
-    module = evaluate.load_trained(config, evaluate.find_checkpoint(config, "latest"))
+    module = load_trained(config, find_checkpoint(config, "latest"))
     means = []
     for label in NAMES:
         words = NAMES[label] if isinstance(NAMES[label], list) else [NAMES[label]]
@@ -526,7 +528,7 @@ def test_mistakes_are_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="torch sees no GPU here"):
         evaluate_run(run, device="cuda")
-    assert str(evaluate.find_device("auto")) == "cpu"
+    assert str(find_device("auto")) == "cpu"
 
 
 def test_results_that_cannot_be_written_are_told_before_the_pass(

@@ -209,7 +209,7 @@ def test_a_preset_trains_on_features_of_one_s_own(results: dict[str, Any]) -> No
 
 def test_evaluation_uses_the_trained_running_statistics(results: dict[str, Any], work: Path) -> None:
     from symile_dist.checkpoint.reshape import consolidated_weights
-    from symile_dist.tools.evaluate import load_trained
+    from symile_dist.tools.trained import load_trained
 
     folder = work / "runs" / "mimic" / "checkpoints" / "step-00000002"
     weights = consolidated_weights(folder)

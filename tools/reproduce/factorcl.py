@@ -18,7 +18,7 @@ from symile_dist.objectives.factorcl_critics import PairCritic, Pairs
 from symile_dist.run_directory import load_run
 from symile_dist.seeding import philox
 from symile_dist.storage import read_json, write_json
-from symile_dist.tools.evaluate import find_checkpoint, load_trained
+from symile_dist.tools.checkpoints import find_checkpoint
 from symile_dist.tools.reproduce.lab import Lab
 from symile_dist.tools.reproduce.report import (
     Check,
@@ -32,6 +32,7 @@ from symile_dist.tools.reproduce.report import (
 )
 from symile_dist.tools.reproduce.samples import PARAMETERS, Split
 from symile_dist.tools.reproduce.trial import Trial
+from symile_dist.tools.trained import load_trained
 
 
 def run(lab: Lab) -> Report:

@@ -18,7 +18,8 @@ from symile_dist.objectives.kernels import draw_waves, make_kernel
 from symile_dist.run_directory import load_run
 from symile_dist.seeding import philox
 from symile_dist.storage import write_text
-from symile_dist.tools.evaluate import evaluate_run, find_checkpoint, load_trained
+from symile_dist.tools.checkpoints import find_checkpoint
+from symile_dist.tools.evaluate import evaluate_run
 from symile_dist.tools.reproduce.lab import Lab
 from symile_dist.tools.reproduce.report import (
     COLORS,
@@ -34,6 +35,7 @@ from symile_dist.tools.reproduce.report import (
 from symile_dist.tools.reproduce.samples import Split
 from symile_dist.tools.reproduce.trial import Trial, best_of
 from symile_dist.tools.reproduce.xor import to_words
+from symile_dist.tools.trained import load_trained
 
 
 class Method(NamedTuple):
