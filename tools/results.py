@@ -22,8 +22,11 @@ def write_results(folder: Path, results: dict[str, Any], max_samples: int | None
     if earlier.get("shards", results["shards"]) != results["shards"]:  # another folder of that name
         name = f"{split}-{hashlib.sha256(results['shards'].encode()).hexdigest()[:8]}-{folder_name(results['step'])}"
         earlier = _earlier(folder / f"{name}.json")
+    # What an earlier evaluation of the same weights and samples has found besides stays.
+    if any(earlier.get(key) != results[key] for key in ("run", "step", "shards", "samples", "loss")):
+        earlier = {}
     figures = [folder / f"{name}.{suffix}" for suffix in ("png", "svg")]
-    if "retrieval" in results:
+    if "retrieval" in results or not earlier:
         for file in figures:
             file.unlink(missing_ok=True)
         earlier.pop("figures", None)
@@ -46,9 +49,6 @@ def _earlier(file: Path) -> dict[str, Any]:
 
 
 def _together(earlier: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """Results, and what an earlier evaluation of the same weights and samples has found besides."""
-    if any(earlier.get(key) != results[key] for key in ("run", "step", "shards", "samples", "loss")):
-        return dict(results)
     whole = {**earlier, **results}
     if "retrieval" in results and earlier.get("protocol") == results["protocol"]:
         rows = {**earlier["retrieval"], **results["retrieval"]}

@@ -422,6 +422,10 @@ def test_a_later_evaluation_leaves_the_earlier_results(data: Path, run: Path, tm
     results = json.loads((folder / "test-step-00000004.json").read_text())
     assert len(results["retrieval"]) == len(directions(list("abc")))
     assert not (folder / "test-step-00000004.png").exists(), "a figure of other results than the table's"
+    evaluate_run(run, figure=True)
+    evaluate_run(run, metrics=["statistics"], overrides=["objective.negative_sampling=n_squared"])
+    assert "retrieval" not in json.loads((folder / "test-step-00000004.json").read_text()), "found with another loss"
+    assert not (folder / "test-step-00000004.png").exists()
     # Another folder of the same name: neither takes the other's place.
     other = write_shards(tmp_path / "test", (8,))
     index_directory(other)
