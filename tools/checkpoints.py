@@ -27,6 +27,7 @@ from symile_dist.config import Config, MetricsConfig, StorageConfig
 from symile_dist.evaluation.report import format_results
 from symile_dist.run_directory import load_run
 from symile_dist.storage import read_json, sha256_of_file, sync_directory, without_secrets, write_json, write_text
+from symile_dist.tools.results import RESULTS
 
 if TYPE_CHECKING:
     from symile_dist.checkpoint.reshape import WholeWeights
@@ -449,8 +450,6 @@ def _copied(source: Path, files: Path, copied: dict[Path, str]) -> str:
 
 def _results(config: Config, step: int) -> list[dict[str, Any]]:
     """What `symile-dist evaluate` has written of a step, split by split, without this machine's paths."""
-    from symile_dist.tools.results import RESULTS
-
     found = []
     for path in sorted((config.run_directory / RESULTS).glob("*.json")):
         content = read_json(path)

@@ -98,6 +98,8 @@ class Search:
         self.positives = distinct.group[positives]
         self.query_classes, candidate_classes = classes
         self.group = distinct.group
+        # Of each distinct candidate; as numbers, which are exact: a tile holds less than 2^24 candidates.
+        self.copies = distinct.group.bincount().to(device, torch.float32)
         self.number_of_classes = 1 + int(max(self.query_classes.max(), candidate_classes.max()))
         # Equal candidates may be of several classes: pairs of both, and a last number for those that do not occur.
         keys = distinct.group * self.number_of_classes + candidate_classes
@@ -191,9 +193,8 @@ class Search:
         best_of = torch.zeros((len(rows), kept), dtype=torch.int64, device=self.device)
         above = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
         not_below = above.clone()
-        weights = self.group.bincount().to(self.device, torch.float32)  # exact: a tile holds less than 2^24 candidates
         for start, scores, own in self._tiles(rows):
-            of_tile = weights[start : start + scores.shape[1]]
+            of_tile = self.copies[start : start + scores.shape[1]]
             flags = torch.empty(scores.shape, device=self.device)  # as numbers: five times as fast as converting them
             above += torch.gt(scores, own[:, None], out=flags) @ of_tile
             not_below += torch.ge(scores, own[:, None], out=flags) @ of_tile

@@ -63,7 +63,7 @@ class Lab:
             found = run_trials(trials, self.processes, self.progress)
         except (RunFailed, RunStopped) as error:
             raise type(error)(
-                f"{error} (the data are in {self.data('')}: what is removed there is made anew)"
+                f"{error} (if it is the data in {self.data('')} that are damaged: what is removed there is made anew)"
             ) from None
         self.seconds.extend(result["seconds"] for result in found)
         return found
