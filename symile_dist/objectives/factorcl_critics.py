@@ -187,9 +187,9 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
     torch alone does so on CPUs with AMX only. With AVX-512's dot products of bfloat16 it takes half of float32's time.
     """
-    if left.dtype == torch.float32 and left.device.type == "cpu" and _multiplies_bfloat16():
-        if torch.get_float32_matmul_precision() == "medium":
-            return (left.bfloat16() @ right.bfloat16()).float()
+    medium = left.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+    if medium and left.device.type == "cpu" and _multiplies_bfloat16():
+        return (left.bfloat16() @ right.bfloat16()).float()
     return left @ right
 
 

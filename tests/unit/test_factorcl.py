@@ -117,6 +117,31 @@ def test_without_gradients_values_are_the_same() -> None:
     assert [number(value) for value in got] == [number(value) for value in want]
 
 
+@pytest.mark.parametrize("has_bfloat16", [True, False], ids=["CPU with bfloat16", "CPU without"])
+def test_medium_precision_costs_digits_only(has_bfloat16: bool) -> None:
+    torch.manual_seed(0)
+    critic, x = PairCritic(DIMENSION, DIMENSION, 64), torch.randn(SIZE, DIMENSION, requires_grad=True)
+    y = x.detach() + 0.1 * torch.randn(SIZE, DIMENSION)
+    pairs = Pairs.all_of(SIZE, x)
+
+    def found() -> tuple[float, Tensor]:
+        upper, inner = critic.upper_bound(x, y, pairs)
+        total = upper + inner
+        return number(total), torch.cat([each.flatten() for each in gradients(total, [x, *critic.parameters()])])
+
+    (exact, exact_gradient), before = found(), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with patch.object(factorcl_critics, "_multiplies_bfloat16", lambda: has_bfloat16):
+            value, gradient = found()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert value == pytest.approx(exact, abs=1e-3)
+    assert torch.cosine_similarity(gradient, exact_gradient, dim=0) > 0.999
+    if has_bfloat16:
+        assert not torch.equal(gradient, exact_gradient), "no product was of bfloat16"
+
+
 # -- the objective ---------------------------------------------------------------------------------------------------
 
 FLAGS = {
