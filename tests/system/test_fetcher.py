@@ -584,10 +584,10 @@ class TestFaults:
             assert len(failures) == 30
             for words in failures.values():
                 assert words.startswith(f"{url}: no answer from {address} for 1.5 s; last: ")
-            # Others are told at once.
+            # Others are told at once: they do not give up after 1.5 s of their own.
             began = time.monotonic()
             assert node.client(storage).hold(pieces) == failures
-            assert time.monotonic() - began < 0.5
+            assert time.monotonic() - began < 1.3
 
     def test_a_read_of_a_dead_endpoint(self, node: Node, proxy: FaultProxy) -> None:
         proxy.fault = lambda number, method, path: "reset"
