@@ -236,7 +236,9 @@ def test_features_of_other_precisions(tmp_path: Path) -> None:
     image = torch.randn(SAMPLES, 1024).bfloat16()
     image[1, 5], image[2, 5] = 1e6, float("nan")
     torch.save(image, tmp_path / "tensors" / "image_val.pt")
-    with pytest.raises(ValueError, match=r"image_val.pt: row 1: .* does not fit into float16; use --dtype float32"):
+    with pytest.raises(
+        ValueError, match=r"image_val.pt: row 1: .* does not fit into float16; .* float32, into another"
+    ):
         pack(tensors_source(tmp_path / "tensors", "val"), tmp_path / "half", seed=None)
     assert not list((tmp_path / "half").glob("*.t*")), "no part of a shard is left"
     pack(tensors_source(tmp_path / "tensors", "val", "float32"), tmp_path / "single")
@@ -649,6 +651,14 @@ def test_json_lines_that_are_none(tmp_path: Path) -> None:
             pack(files_source(tmp_path / "table.jsonl", tmp_path, [], ["txt=txt"]), tmp_path / "out")
 
 
+def test_a_path_that_no_file_can_have(tmp_path: Path) -> None:
+    (tmp_path / "table.jsonl").write_text('{"photo": "a.jpg", "txt": "a"}\n{"photo": "\\ud800.jpg", "txt": "b"}\n')
+    source = files_source(tmp_path / "table.jsonl", tmp_path, ["image=photo"], ["txt=txt"], on_missing="absent")
+    with pytest.raises(ValueError, match=r"table\.jsonl: row 2: column 'photo': '\\ud800\.jpg' cannot name a file"):
+        pack(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_keys_that_cannot_be(tmp_path: Path) -> None:
     for keys, told in (
         (["a", "b", "a"], "key 'a' stands in rows 1 and 3"),
@@ -707,6 +717,9 @@ def test_tensors_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (torch.zeros(SAMPLES - 1, 1024), "not equally long.*image_train.pt 22, audio_train.pt 23"),
         (torch.zeros(SAMPLES), r"image_train.pt: has shape \(23,\); the shape of image features is \(n, n\)"),
         ([torch.zeros(3)], r"image_train.pt: holds no plain tensor \(list\)"),
+        (torch.zeros(SAMPLES, 2).to(torch.float8_e4m3fn), "a tensor of torch.float8_e4m3fn on cpu cannot be packed"),
+        (torch.zeros(SAMPLES, 2, device="meta"), "a tensor of torch.float32 on meta cannot be packed"),
+        (torch.zeros(SAMPLES, 2, dtype=torch.complex64).conj(), "a tensor of torch.complex64 on cpu cannot be packed"),
         (Trap(), "image_train.pt: cannot be read safely as a tensor"),
     ):
         torch.save(content, image)
@@ -798,6 +811,33 @@ def test_classes_in_bfloat16(tmp_path: Path) -> None:
     torch.save(torch.tensor([7.0, torch.nan, 0.5]).bfloat16(), tmp_path / "label.pt")
     with pytest.raises(ValueError, match=r"label\.pt: row 1: 'class' is nan"):
         arrays_source([f"a={tmp_path}/a.npy"], f"{tmp_path}/label.pt")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_class(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((3, 2)))
+    (tmp_path / "class.txt").write_bytes("\ufeffen\r\nel\r\nen\r\n".encode())
+    pack(arrays_source([f"a={tmp_path}/a.npy"], f"{tmp_path}/class.txt"), tmp_path / "out", seed=None)
+    assert [json.loads(sample["json"])["class"] for sample in packed(tmp_path / "out").values()] == ["en", "el", "en"]
+
+
+@pytest.mark.parametrize("changed", ["vision", "text"])
+def test_a_change_is_seen_in_each_of_several_files_of_one_name(tmp_path: Path, changed: str) -> None:
+    for name in ("vision", "text"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "train.npy", np.zeros((3, 2)))
+    arrays = [f"{name}={tmp_path / name / 'train.npy'}" for name in ("vision", "text")]
+    pack(arrays_source(arrays), tmp_path / "out")
+    pack(arrays_source(arrays), tmp_path / "out")
+    np.save(tmp_path / changed / "train.npy", np.ones((3, 2)))
+    with pytest.raises(ValueError, match=r"holds shards of other inputs .*sha256: there"):
+        pack(arrays_source(arrays), tmp_path / "out")
+
+
+def test_what_fits_no_type_on_offer(tmp_path: Path) -> None:
+    np.save(tmp_path / "cxr.npy", np.full((2, 3), 1e300))
+    source = ArraySource("test", (ArrayMember("cxr.npy", (tmp_path / "cxr.npy",), "float32"),), ())
+    with pytest.raises(ValueError, match=r"cxr\.npy: row 0: 1e\+300 does not fit into float32$"):
+        pack(source, tmp_path / "out", seed=None)
 
 
 def test_ids_that_are_not_whole(tmp_path: Path) -> None:

@@ -67,9 +67,12 @@ def _open_tensor(path: Path) -> NDArray[Any]:
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(f"{path}: holds no plain tensor ({type(tensor).__name__}); {remedy}")
     tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        return np.asarray(tensor.view(torch.int16).numpy().view(_BFLOAT16))
-    return np.asarray(tensor.numpy())
+    try:
+        if tensor.dtype == torch.bfloat16:
+            return np.asarray(tensor.view(torch.int16).numpy().view(_BFLOAT16))
+        return np.asarray(tensor.numpy())
+    except (TypeError, RuntimeError):  # of a type that numpy does not know, or without values (meta)
+        raise ValueError(f"{path}: a tensor of {tensor.dtype} on {tensor.device} cannot be packed; {remedy}") from None
 
 
 def row_of(values: NDArray[Any], row: int) -> NDArray[Any]:
@@ -92,7 +95,8 @@ def cast(values: NDArray[Any], dtype: str) -> NDArray[Any]:
         made = values.astype(dtype)
     if made.dtype.kind == "f":
         if np.isinf(made).any() and not np.isinf(values).any():
-            raise ValueError(f"{np.nanmax(np.abs(values)):g} does not fit into {made.dtype}; use --dtype float32")
+            remedy = "; use --dtype float32, into another folder" if made.dtype == np.float16 else ""
+            raise ValueError(f"{np.nanmax(np.abs(values)):g} does not fit into {made.dtype}{remedy}")
     elif (made != values).any():
         raise ValueError(f"values that are not integers of {made.dtype}")
     return made
@@ -144,7 +148,10 @@ class ArraySource:
             raise ValueError(f"the arrays are not equally long, so rows do not belong together: {told}")
 
     def parameters(self) -> dict[str, Any]:
-        paths = dict.fromkeys([path for member in self.members for path in member.paths])
+        paths = [path for member in self.members for path in member.paths] + [path for _, path in self.facts]
+        digests: dict[str, list[str]] = {}
+        for path in dict.fromkeys(paths):  # files of several folders may have one name
+            digests.setdefault(path.name, []).append(_digest(path))
         return {
             "layout": self.layout,
             "members": {
@@ -152,7 +159,7 @@ class ArraySource:
                 for member in self.members
             },
             "facts": {name: path.name for name, path in self.facts},
-            "sha256": {path.name: _digest(path) for path in [*paths, *dict.fromkeys(path for _, path in self.facts)]},
+            "sha256": {name: found[0] if len(found) == 1 else found for name, found in digests.items()},
         }
 
     def survey(self, progress: Progress) -> Survey:
@@ -224,7 +231,7 @@ class _Lines:
         numbers: dict[str, int] = {}
         self.codes = array("I")
         try:
-            with open(path, encoding="utf-8", newline="\n") as file:
+            with open(path, encoding="utf-8-sig", newline="\n") as file:  # editors put a byte-order mark in front
                 for line in file:
                     self.codes.append(numbers.setdefault(line.rstrip("\r\n"), len(numbers)))
         except UnicodeDecodeError:

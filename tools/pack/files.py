@@ -64,13 +64,17 @@ class FileColumn:
         return f"{self.name}.{extension}" if self.name else extension
 
     def path(self, value: str) -> Path:
-        """Raises ValueError for a path that leaves the root."""
+        """Raises ValueError for a path that leaves the root, and for what cannot be one."""
         parts = PurePosixPath(value)
         if parts.is_absolute() or ".." in parts.parts or "\0" in value:
             raise ValueError(
                 f"column '{self.column}': '{value}' leaves the folder of its files; paths must be relative to it, "
                 "without '..'"
             )
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+            raise ValueError(f"column '{self.column}': {value!a} cannot name a file") from None
         return self.root / parts
 
 
