@@ -57,6 +57,18 @@ def unavailable(name: str, what: str, error: Exception) -> ValueError:
     )
 
 
+def weights_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what a .safetensors file holds, by its header. Raises ValueError for a file that is none, or
+    damaged: that it is as long as its header says is looked at as well."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except Exception as error:  # whatever a damaged file makes safetensors raise
+        raise ValueError(f"{path}: cannot be read as safetensors: {error}") from None
+
+
 def fetch_file(name: str, file: str, revision: str) -> Path:
     """The local path of one file of a repository on the hub. Raises ValueError when it cannot be had."""
     from huggingface_hub import hf_hub_download

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from symile_dist.checkpoint.manifest import CHECKPOINTS, CheckpointError, complete_checkpoints
 from symile_dist.checkpoint.manifest import read_manifest as read_checkpoint
@@ -19,6 +21,7 @@ from symile_dist.data.loader import open_training, open_validation
 from symile_dist.data.manifest import differences as shard_differences
 from symile_dist.data.manifest import read_manifest
 from symile_dist.errors import RunStopped
+from symile_dist.hub import weights_follow
 from symile_dist.metrics.loggers import check_loggers
 from symile_dist.model import make_objective
 from symile_dist.registry import DECODERS, ENCODERS, TRANSFORMS, build, check_options, resolve, suggestion
@@ -32,11 +35,17 @@ def _checks(config: Config) -> list[Callable[[], Any]]:
         fixed = ("embedding_dim",)
         encoder = resolve(spec.name, ENCODERS, "encoder")
         check_options(encoder, spec.options, "encoder", spec.name, fixed)
-        if hasattr(encoder, "check"):  # that its weights can be had
-            try:
+        ours = _is_ours({"name": spec.name, **spec.options})
+        # What comes of an option of the wrong type, and of a size that cannot be.
+        mistakes = (TypeError, AttributeError, *((ArithmeticError, RuntimeError) if ours else ()))
+        try:
+            if hasattr(encoder, "check"):  # that its weights can be had
                 encoder.check(**spec.options)
-            except (TypeError, AttributeError) as error:  # what comes of an option of the wrong type
-                raise ValueError(f"encoder '{spec.name}': {error}; are its options of the right type?") from error
+            if ours:  # its shapes alone: without memory, and without trained weights
+                with weights_follow(), torch.device("meta"):
+                    build(spec.name, spec.options, ENCODERS, "encoder", embedding_dim=config.model.embedding_dim)
+        except mistakes as error:
+            raise ValueError(f"encoder '{spec.name}': {error}; are its options of the right type?") from error
 
     def decoder(name: str) -> None:
         spec = config.modalities[name].decoder
@@ -80,6 +89,14 @@ def _checks(config: Config) -> list[Callable[[], Any]]:
     for directory in {config.data.validation, config.data.test} - {None}:
         checks.append(lambda d=directory: held_out_data(d))  # type: ignore[misc]
     return checks
+
+
+def _is_ours(encoder: Any) -> bool:
+    """Whether an encoder, its name or a map with name and options, is of the registry, and so is the one that it may
+    hold: whether others can be built without memory nobody knows."""
+    options = encoder if isinstance(encoder, Mapping) else {"name": encoder}
+    name = options.get("name")
+    return isinstance(name, str) and name in ENCODERS and ("encoder" not in options or _is_ours(options["encoder"]))
 
 
 def _changed_shards(config: Config) -> list[str]:

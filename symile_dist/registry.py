@@ -117,6 +117,9 @@ def check_options(target: Any, options: Mapping[str, Any], kind: str, name: str,
     missing = [p for p in allowed if parameters[p].default is inspect.Parameter.empty and p not in options]
     if missing:
         raise ValueError(f"{kind} '{name}': option '{missing[0]}' is missing")
+    for option, value in options.items():
+        if parameters[option].annotation in (bool, "bool") and not isinstance(value, bool):  # "no" would be true
+            raise ValueError(f"{kind} '{name}': {option} = {value!r} should be true or false")
 
 
 def build(name: str, options: Mapping[str, Any], registry: Mapping[str, str], kind: str, **fixed: Any) -> Any:

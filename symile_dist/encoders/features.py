@@ -74,9 +74,11 @@ def read_vector(path: str, length: int) -> np.ndarray[tuple[int], np.dtype[np.fl
         raise ValueError(f"{told}; {str(error)[:300]}") from None
     if not isinstance(vector, np.ndarray) or vector.shape != (length,) or vector.dtype.kind not in "fiu":
         raise ValueError(f"{told}, it holds {getattr(vector, 'shape', 'several arrays')}")
-    if not np.isfinite(vector).all():
-        raise ValueError(f"{told}; it holds NaN or infinity")
-    return vector.astype(np.float32)
+    with np.errstate(over="ignore"):
+        made: np.ndarray[tuple[int], np.dtype[np.float32]] = vector.astype(np.float32)
+    if not np.isfinite(made).all():
+        raise ValueError(f"{told}; it holds NaN, infinity or what float32 cannot hold")
+    return made
 
 
 __all__ = ["FeatureEncoder", "read_vector"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from symile_dist.encoders.text import check_ids
-from symile_dist.hub import import_transformers, reads_weights, unavailable
+from symile_dist.hub import import_transformers, reads_weights, unavailable, weights_in
 from symile_dist.types import Inputs, Padded
 
 Pooling = Literal["pooler", "cls", "mean", "none"]
@@ -164,8 +164,12 @@ def check_model(name: str, revision: str) -> Any:
 
 def _check_folder(name: str) -> None:
     folder = Path(name)
-    if folder.is_dir() and reads_weights() and not list(folder.glob("*.safetensors")):
-        raise ValueError(f"{name}: holds no .safetensors weights; other formats run code when they are read")
+    if folder.is_dir() and reads_weights():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{name}: holds no .safetensors weights; other formats run code when they are read")
+        for file in files:
+            weights_in(file)
     if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise ValueError(f"{name}: no such folder; a model that save_pretrained wrote is needed there")
 

@@ -7,11 +7,12 @@ bottleneck is in its 3 x 3 convolution ("v1.5"), as there.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from symile_dist.hub import fetch_file, reads_weights
+from symile_dist.hub import fetch_file, reads_weights, weights_in
 from symile_dist.types import Inputs, Padded
 
 BLOCKS: dict[int, tuple[int, int, int, int]] = {
@@ -108,29 +109,34 @@ class ResNet(nn.Module):
         from safetensors.torch import load_file
 
         path = weights_file(weights, revision)
-        try:
-            found = load_file(path)
-        except Exception as error:  # whatever a damaged file makes safetensors raise
-            raise ValueError(f"{path}: cannot be read as safetensors: {error}") from None
-        own = self.state_dict()
-        found = {name: tensor for name, tensor in found.items() if not name.startswith("fc.")}
-        if "conv1.weight" in found and found["conv1.weight"].shape[1] != self.channels:
+        fitting = self._fitting(path)
+        self.load_state_dict(
+            {name: tensor for name, tensor in load_file(path).items() if name in fitting}, strict=False
+        )
+
+    def _fitting(self, path: Path) -> set[str]:
+        """Names of the weights in a file that are this network's. Raises ValueError for a file of another's."""
+        found = {name: shape for name, shape in weights_in(path).items() if not name.startswith("fc.")}
+        if "conv1.weight" in found and found["conv1.weight"][1:2] != (self.channels,):
             del found["conv1.weight"]
+        own = self.state_dict()
         begins_anew = ("fc.", "conv1.")
-        wrong = [name for name in found if name not in own or own[name].shape != found[name].shape]
+        wrong = [name for name in found if name not in own or tuple(own[name].shape) != found[name]]
         wrong += [n for n in own if n not in found and not n.startswith(begins_anew) and "num_batches" not in n]
         if wrong:
             raise ValueError(
                 f"{path}: is not of this network: '{wrong[0]}'{f' and {len(wrong) - 1} more' if wrong[1:] else ''} "
                 "do not fit; names as torchvision's and timm's are expected, of the same depth"
             )
-        self.load_state_dict(found, strict=False)
+        return set(found)
 
     @staticmethod
-    def check(weights: str | None = None, revision: str = "main", **options: object) -> None:
-        """Raises ValueError unless the weights can be had."""
+    def check(weights: str | None = None, revision: str = "main", **options: Any) -> None:
+        """Raises ValueError unless the weights can be had and are of this network."""
         if weights is not None:
-            weights_file(weights, revision)
+            path = weights_file(weights, revision)
+            with torch.device("meta"):
+                ResNet(1, **options)._fitting(path)
 
     def checkpointed(self) -> list[nn.Module]:
         """The parts that train.activation_checkpointing computes twice: a residual block each."""

@@ -84,6 +84,7 @@ def test_a_learned_fill_is_trained() -> None:
         (None, r"mean\.npy: a \.npy file of \(4,\) numbers is needed \(symile-dist shards mean.*No such file"),
         (np.zeros((4, 4)), r"it holds \(4, 4\)"),
         (np.array([1.0, 2.0, np.nan, 3.0]), "holds NaN"),
+        (np.array([1.0, 2.0, 1e300, 3.0]), "float32 cannot hold"),
         (np.array(["a", "b", "c", "d"]), "is needed"),
         (np.array([{}, 1, 2, 3], dtype=object), "is needed"),
     ],
@@ -289,6 +290,9 @@ def test_weights_that_are_not_of_this_network(tmp_path: Path) -> None:
     save_file(ResNet(DIM, 34, width=4).state_dict(), tmp_path / "model.safetensors")
     refused(r"is not of this network: 'layer1\.2.*names as torchvision's", depth=18, weights=str(tmp_path))
     refused("is not of this network", depth=101, weights=str(tmp_path))
+    with pytest.raises(ValueError, match="is not of this network"):
+        ResNet.check(depth=18, width=4, weights=str(tmp_path))
+    ResNet.check(depth=34, width=4, channels=1, weights=str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     refused("cannot be read as safetensors", depth=34, weights=str(tmp_path))
 

@@ -249,9 +249,11 @@ def test_no_pickle_is_read_and_no_weight_is_made_up(text: Path, tmp_path: Path) 
     save_file(without, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks weights .*layer\.0"):
         PretrainedEncoder(DIM, str(tmp_path), pooling="mean")
-    (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="cannot be loaded"):
-        PretrainedEncoder(DIM, str(tmp_path))
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for content in (b"damaged", b"", whole[:-1], whole[:20]):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.safetensors: cannot be read as safetensors"):
+            PretrainedEncoder.check(str(tmp_path))
 
 
 def test_code_that_a_model_brings_along_is_not_run(text: Path, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def test_unknown_name_imports_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"depth": 1, "flatt": True}, ["encoder 'thing': unknown option 'flatt'", "did you mean 'flat'?"]),
         ({"depth": 1, "width": 9}, ["unknown option 'width'"]),  # ours to give, not the user's
         ({}, ["encoder 'thing': option 'depth' is missing"]),
+        ({"depth": 1, "flat": "no"}, ["encoder 'thing': flat = 'no' should be true or false"]),
     ],
 )
 def test_wrong_options_are_told(options: dict[str, object], words: list[str]) -> None:
