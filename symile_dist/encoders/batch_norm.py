@@ -16,10 +16,11 @@ KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """torch's batch normalisation of (n, C) or (n, C, ...), with two differences.
+    """torch's batch normalisation of (n, C) or (n, C, ...), with three differences.
 
-    Its running statistics stay float32 beside weights of lower precision: they are sums of small changes. With
-    `synchronized` mean and variance are those of all ranks' rows.
+    Its running statistics stay float32 beside weights of lower precision: they are sums of small changes. A batch whose
+    mean or variance is not finite leaves them as they are: they would never be finite again. With `synchronized` mean
+    and variance are those of all ranks' rows.
     """
 
     synchronized = False
@@ -42,8 +43,21 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         mean, variance = self.running_mean, self.running_var
         if self.training and self.synchronized and world_size() > 1:
             return self._over_all_ranks(input, weight, bias, momentum)
-        by_batch = self.training or mean is None
-        return F.batch_norm(input, mean, variance, weight, bias, by_batch, momentum, self.eps)
+        if not self.training or mean is None or variance is None:
+            return F.batch_norm(input, mean, variance, weight, bias, self.training or mean is None, momentum, self.eps)
+        # Changed in copies: autograd keeps those for the backward pass, and none is changed after that.
+        moved = mean.clone(), variance.clone()
+        normalized = F.batch_norm(input, *moved, weight, bias, True, momentum, self.eps)
+        self._move(*moved)
+        return normalized
+
+    @torch.no_grad()
+    def _move(self, mean: Tensor, variance: Tensor) -> None:
+        """Running statistics to these, channel by channel where both are finite."""
+        if self.running_mean is not None and self.running_var is not None:
+            finite = mean.isfinite() & variance.isfinite()
+            self.running_mean.copy_(torch.where(finite, mean, self.running_mean))
+            self.running_var.copy_(torch.where(finite, variance, self.running_var))
 
     def _count(self) -> float:
         """Counts the batch; returns by how much the running statistics move towards it."""
@@ -67,8 +81,8 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.running_mean is not None and self.running_var is not None:
             count = values.numel() // values.shape[1] * len(means)
             with torch.no_grad():
-                self.running_mean.lerp_(mean, momentum)
-                self.running_var.lerp_(variance * (count / (count - 1)), momentum)
+                unbiased = variance * (count / (count - 1))
+                self._move(self.running_mean.lerp(mean, momentum), self.running_var.lerp(unbiased, momentum))
         scale = (variance + self.eps).rsqrt() * (1.0 if weight is None else weight)
         shift = (0.0 if bias is None else bias) - mean * scale
         shape = (-1, *[1] * (values.dim() - 2))

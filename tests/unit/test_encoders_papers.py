@@ -341,6 +341,23 @@ def test_statistics_stay_float32_beside_weights_of_lower_precision() -> None:
     assert network[0].running_mean.dtype == torch.float32
 
 
+@pytest.mark.parametrize("bad", [1e30, float("inf"), float("nan")])
+def test_a_batch_that_is_not_finite_leaves_the_running_statistics(bad: float) -> None:
+    """1e30 is finite, its variance is not: evaluation would see zeros from then on."""
+    network = nn.Sequential(nn.BatchNorm2d(3))
+    convert_batch_norms(network)
+    network(torch.randn(4, 3, 2, 2))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    values = torch.randn(4, 3, 2, 2)
+    values[0, 1, 0, 0] = bad
+    network(values)
+    after = network.state_dict()
+    for name in ("0.running_mean", "0.running_var"):
+        same = after[name] == before[name]
+        assert same.tolist() == [False, True, False], "the other channels go on"
+        assert after[name].isfinite().all()
+
+
 def test_recomputed_parts_give_the_same_gradients_and_count_once() -> None:
     networks = []
     for recomputed in (False, True):
