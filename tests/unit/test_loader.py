@@ -23,6 +23,8 @@ from symile_dist.data.batches import collate
 from symile_dist.data.index import ShardError, index_path, read_index
 from symile_dist.data.loader import Loader, open_training, open_validation
 from symile_dist.data.manifest import Manifest, ShardEntry, index_directory, read_manifest
+from symile_dist.encoders.points import TextPoints
+from symile_dist.encoders.text import TextConvNet
 from symile_dist.errors import RunStopped
 from symile_dist.types import Batch, Fault, Padded
 from tests.conftest import SHARD_SIZES
@@ -371,6 +373,15 @@ def test_collate_pads_variable_lengths_with_zeros() -> None:
         assert torch.equal(padded.values[row, : len(sample)], sample)
         assert not padded.values[row, len(sample) :].any()
     assert padded.mask().sum(dim=1).tolist() == [3, 0, 5, 1]
+
+
+def test_sequences_that_are_all_empty_have_one_position_of_padding() -> None:
+    padded = collate([torch.zeros(0, dtype=torch.int64)] * 2, variable_length=True)
+    assert isinstance(padded, Padded)
+    assert padded.values.tolist() == [[0], [0]] and padded.lengths.tolist() == [0, 0]
+    for encoder in (TextConvNet(8), TextPoints(8)):
+        emitted = encoder(padded)
+        assert all(torch.isfinite(tensor).all() for tensor in (emitted if isinstance(emitted, tuple) else [emitted]))
 
 
 def test_collate_keeps_integers_integers() -> None:
