@@ -9,6 +9,15 @@ from torch import Tensor, nn
 from symile_dist.types import Inputs, Padded
 
 
+def check_channels(inputs: Tensor, channels: int) -> None:
+    """Raises ValueError unless these are images (n, channels, H, W)."""
+    if inputs.dim() != 4 or inputs.shape[1] != channels:
+        raise ValueError(
+            f"the inputs are {tuple(inputs.shape)}, the encoder takes (n, {channels}, H, W); the decoder `image` gives "
+            "three channels, with mode L one"
+        )
+
+
 class ImageConvNet(nn.Module):
     """3 x 3 convolutions, halving the resolution from stage to stage, then a fixed grid -> linear.
 
@@ -27,6 +36,7 @@ class ImageConvNet(nn.Module):
         super().__init__()
         if len(grid) != 2:
             raise ValueError(f"grid must be (rows, columns), not {tuple(grid)}")
+        self.channels = channels
         stages: list[nn.Module] = []
         previous = channels
         for index, width in enumerate(widths):
@@ -49,7 +59,8 @@ class ImageConvNet(nn.Module):
         )
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """(n, channels, H, W) -> (n, embedding_dim). Raises TypeError for `Padded`."""
+        """(n, channels, H, W) -> (n, embedding_dim). Raises TypeError for `Padded`, ValueError for other channels."""
         if isinstance(inputs, Padded):
             raise TypeError("ImageConvNet takes images of one size (a tensor), not sequences of unequal length")
+        check_channels(inputs, self.channels)
         return self.head(self.pool(self.stages(inputs)))

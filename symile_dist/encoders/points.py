@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from symile_dist.encoders.image import ImageConvNet
+from symile_dist.encoders.image import ImageConvNet, check_channels
 from symile_dist.encoders.masked import length_mask
 from symile_dist.encoders.pretrained import layers_of
 from symile_dist.encoders.text import TextConvNet, check_ids
@@ -146,7 +146,7 @@ class ImagePoints(nn.Module):
     ) -> None:
         super().__init__()
         net = ImageConvNet(1, channels, widths, grid)
-        self.stages, self.pool = net.stages, net.pool
+        self.stages, self.pool, self.channels = net.stages, net.pool, channels
         self.local = nn.Linear(widths[-1], hidden)
         self.whole = nn.Linear(widths[-1] * int(grid[0]) * int(grid[1]), hidden, bias=False)
         self.positions = nn.Parameter(0.5 * torch.randn(int(grid[0]) * int(grid[1]), hidden))
@@ -154,9 +154,13 @@ class ImagePoints(nn.Module):
         self.head = PointHead(hidden, embedding_dim, largest_weight)
 
     def forward(self, inputs: Inputs) -> PointSet:
-        """(n, channels, H, W) -> n sets of rows * columns of the grid. Raises TypeError for `Padded`."""
+        """(n, channels, H, W) -> n sets of rows * columns of the grid.
+
+        Raises TypeError for `Padded`, ValueError for other channels.
+        """
         if isinstance(inputs, Padded):
             raise TypeError("ImagePoints takes images of one size (a tensor), not sequences of unequal length")
+        check_channels(inputs, self.channels)
         features = self.pool(self.stages(inputs)).flatten(2)  # (n, C, T)
         tokens = self.local(features.transpose(1, 2)) + self.whole(features.flatten(1))[:, None] + self.positions
         return self.head(self.mix(tokens))
@@ -239,9 +243,13 @@ class ViTPoints(nn.Module):
         return layers_of(self.model)
 
     def forward(self, inputs: Inputs) -> PointSet:
-        """(n, channels, H, W) -> n sets of 1 + H W / patch_size^2 points. Raises TypeError for `Padded`."""
+        """(n, channels, H, W) -> n sets of 1 + H W / patch_size^2 points.
+
+        Raises TypeError for `Padded`, ValueError for another size or other channels.
+        """
         if isinstance(inputs, Padded):
             raise TypeError("ViTPoints takes images of one size (a tensor), not sequences of unequal length")
+        check_channels(inputs, self.model.config.num_channels)
         return self.head(self.model(pixel_values=inputs).last_hidden_state)
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from symile_dist.encoders.image import check_channels
 from symile_dist.encoders.text import check_ids
 from symile_dist.hub import import_transformers, reads_weights, unavailable, weights_in
 from symile_dist.types import Inputs, Padded
@@ -120,6 +121,7 @@ class PretrainedEncoder(nn.Module):
         if self.input == "pixel_values":
             if isinstance(inputs, Padded):
                 raise TypeError("PretrainedEncoder: the model takes images of one size (a tensor), not sequences")
+            check_channels(inputs, int(getattr(self.model.config, "num_channels", 3)))
             return {"pixel_values": inputs}, None
         if self.input == "input_ids":
             if not isinstance(inputs, Padded) or inputs.values.is_floating_point():
@@ -130,11 +132,37 @@ class PretrainedEncoder(nn.Module):
             padding = self.model.config.pad_token_id
             ids = inputs.values.masked_fill(~mask, 0 if padding is None else padding)
             check_ids(ids, int(self.model.get_input_embeddings().num_embeddings))
+            _check_lengths(self.model, inputs.lengths)
             return {"input_ids": ids, "attention_mask": mask.long()}, inputs.lengths
-        frames = 2 * int(self.model.config.max_source_positions)
+        frames, mels = 2 * int(self.model.config.max_source_positions), int(self.model.config.num_mel_bins)
+        given = inputs.values if isinstance(inputs, Padded) else inputs
+        if given.dim() != 3 or given.shape[2] != mels:
+            raise ValueError(
+                f"PretrainedEncoder: the inputs are {tuple(given.shape)}, the model takes (n, T, {mels}) frames: use "
+                "the transform `whisper_features` of the same model"
+            )
         if not isinstance(inputs, Padded):
             return {"input_features": inputs.transpose(1, 2)}, None
         return {"input_features": _whole_window(inputs, frames)}, (inputs.lengths + 1) // 2
+
+
+def _check_lengths(model: nn.Module, lengths: Tensor) -> None:
+    """Raises ValueError for texts with more tokens than the model has embeddings of positions.
+
+    An embedding would say "index out of range", and on a GPU end the process.
+    """
+    if torch.compiler.is_compiling() or lengths.numel() == 0:
+        return
+    for name, module in model.named_modules():
+        known = name.endswith(("position_embeddings", "position_embedding", "embed_positions", "wpe"))
+        if known and isinstance(module, nn.Embedding):
+            # RoBERTa's positions begin behind that of padding.
+            positions = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            if (longest := int(lengths.max())) > positions:
+                raise ValueError(
+                    f"PretrainedEncoder: a text of {longest} tokens, the model knows {positions} positions: set the "
+                    f"transform's max_length to {positions} at most"
+                )
 
 
 def _whole_window(inputs: Padded, frames: int) -> Tensor:

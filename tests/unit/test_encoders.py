@@ -13,6 +13,7 @@ from symile_dist.encoders import ENCODERS
 from symile_dist.encoders.audio import AudioConvNet, LogMel, mel_filterbank
 from symile_dist.encoders.image import ImageConvNet
 from symile_dist.encoders.mlp import MLP
+from symile_dist.encoders.points import ImagePoints
 from symile_dist.encoders.text import TextConvNet
 from symile_dist.registry import build
 from symile_dist.types import Inputs, Padded
@@ -173,6 +174,9 @@ def test_the_wrong_kind_of_input_is_named() -> None:
 def test_values_of_another_number_and_ids_beyond_the_vocabulary_are_told() -> None:
     with pytest.raises(ValueError, match="a sample has 5 values, input_dim is 4"):
         MLP(DIM, 4)(torch.ones(2, 5))
+    for images in (ImageConvNet(DIM), ImagePoints(DIM)):
+        with pytest.raises(ValueError, match=r"the inputs are \(2, 3, 8, 8\), the encoder takes \(n, 1, H, W\)"):
+            images(torch.ones(2, 3, 8, 8))
     encoder = TextConvNet(DIM, vocabulary_size=10)
     for wrong in (10, -1):
         with pytest.raises(ValueError, match=f"an id is {wrong}, the encoder knows 0 to 9"):

@@ -216,6 +216,21 @@ def test_mistakes_are_told(clip: Path, whisper: Path, text: Path, tmp_path: Path
         PretrainedEncoder(DIM, str(text))(torch.ones(1, 3))
 
 
+def test_inputs_that_the_model_cannot_take_are_told(clip: Path, whisper: Path, text: Path) -> None:
+    """Not by torch, whose words would pass for a failure of the machine; and on a GPU end the process."""
+    long = Padded(torch.full((1, 60), 5), torch.tensor([60]))
+    for model, part, inputs, words in (
+        (clip, "vision", torch.zeros(2, 1, 16, 16), r"\(2, 1, 16, 16\), the encoder takes \(n, 3, H, W\)"),
+        (clip, "text", long, "the model knows 16 positions: set the transform's max_length to 16"),
+        (text, None, long, "the model knows 38 positions"),
+        (whisper, "encoder", Padded(torch.zeros(2, 9, 7), torch.tensor([9, 9])), r"takes \(n, T, 8\) frames"),
+    ):
+        encoder = PretrainedEncoder(DIM, str(model), part=part)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=words):
+            encoder(inputs)
+    PretrainedEncoder(DIM, str(text))(Padded(torch.full((1, 38), 5), torch.tensor([38])))
+
+
 def test_transformers_is_told_what_not_to_do(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModel
 
