@@ -49,7 +49,7 @@ def unavailable(name: str, what: str, error: Exception) -> ValueError:
     """
     words = f"{name}: {what}: {type(error).__name__}: {' '.join(str(error).split())}"
     if _is_local(name):
-        return ValueError(words)
+        return ValueError(words if Path(name).is_dir() else f"{name}: {what}: no such folder")
     return ValueError(
         f"{words.rstrip('.')}. Needed is huggingface.co/{name}. Where this machine cannot reach it: "
         f"`hf download {name} --local-dir FOLDER` on one that can, copy FOLDER to where every rank sees it, and name "

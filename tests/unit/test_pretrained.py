@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,18 @@ def test_clips_of_other_rates(whisper: Path) -> None:
     for bad in (np.zeros(0, np.float32), np.array([1, np.nan], np.float32)):
         with pytest.raises(ValueError):
             WhisperTransform(str(whisper))(Waveform(bad, 16000), None)
+
+
+def test_a_tokenizer_without_vocabulary_is_none(clip: Path, text: Path, tmp_path: Path) -> None:
+    """transformers makes one of a model's config alone, and to it all texts of a length are the same."""
+    shutil.copy(text / "config.json", tmp_path)
+    for folder in (clip, tmp_path):
+        with pytest.raises(ValueError, match="holds no tokenizer, whose files"):
+            TokensTransform(str(folder))
+    with pytest.raises(ValueError, match=r"nowhere: no tokenizer can be loaded: no such folder"):
+        TokensTransform(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"max_length = 2: .* adds 2 special tokens"):
+        TokensTransform(str(text), max_length=2)
 
 
 def test_the_transforms_travel_to_loader_processes(whisper: Path, text: Path) -> None:
