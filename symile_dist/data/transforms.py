@@ -218,7 +218,8 @@ class TensorTransform:
         variable_length: the first dimension differs from sample to sample; the shape begins with None then.
         dtype: "float32", "float64", "int64" or another type of torch.
 
-    Raises ValueError for another shape, for values that are no numbers, and for NaN or infinity.
+    Raises ValueError for another shape, for values that are no numbers, for NaN or infinity, and for values that the
+    type does not hold: fractions in integers, and what would be infinite.
     """
 
     uses_rng: ClassVar[bool] = False
@@ -248,7 +249,16 @@ class TensorTransform:
         native = array.astype(array.dtype.newbyteorder("="), copy=True)
         if native.dtype.kind == "u" and native.dtype.itemsize > 1:
             native = native.astype(np.int64)
-        return torch.from_numpy(native).to(self.dtype)
+        if native.dtype.kind == "f" and native.dtype.itemsize > 8:
+            native = native.astype(np.float64)
+        values = torch.from_numpy(native)
+        made = values.to(self.dtype)
+        if values.is_floating_point() and made.dtype != values.dtype:
+            if not made.is_floating_point() and not made.is_complex() and (made != values).any():
+                raise ValueError(f"the array holds values that are not integers of {self.dtype}")
+            if made.is_floating_point() and made.itemsize < values.itemsize and not made.isfinite().all():
+                raise ValueError(f"the array holds values that are too large for {self.dtype}")
+        return made
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:

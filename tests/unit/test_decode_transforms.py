@@ -288,6 +288,19 @@ def test_tensor_transform() -> None:
         TensorTransform(dtype="float31")
 
 
+def test_values_that_a_type_does_not_hold_are_refused() -> None:
+    """A label of 1.5 is none of class 1, and 1e300 would be infinite."""
+    integers = TensorTransform(dtype="int64")
+    assert integers(np.array([1.0, -2.0]), None).tolist() == [1, -2]
+    for fraction in (np.array([1.5]), np.array([1e30], np.float32)):
+        with pytest.raises(ValueError, match=r"not integers of torch\.int64"):
+            integers(fraction, None)
+    for dtype, large in (("float32", 1e300), ("float16", 1e6)):
+        with pytest.raises(ValueError, match=f"too large for torch.{dtype}"):
+            TensorTransform(dtype=dtype)(np.array([large]), None)
+    assert TensorTransform()(np.array([0.5], np.longdouble), None).tolist() == [0.5]
+
+
 @pytest.mark.parametrize(
     ("transform", "variable"),
     [(ImageTransform, False), (TensorTransform, False), (WaveformTransform, True), (CharacterTransform, True)],
