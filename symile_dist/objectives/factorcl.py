@@ -117,6 +117,8 @@ class FactorCLObjective(nn.Module):
         missing: str = "exclude",
     ) -> None:
         super().__init__()
+        if not isinstance(views, Mapping | None):
+            raise ValueError(f"objective 'factorcl': views = {views!r} should be a map from modalities to their views")
         self.modalities, self.label, self.views = list(modalities), label, dict(views or {})
         self.same_label, self.exclude_missing = negatives == "same_label", missing == "exclude"
         for option, value, known in (

@@ -228,6 +228,7 @@ def test_embeddings_are_the_heads_of_each_part() -> None:
     ("options", "told"),
     [
         ({"modalities": ["x1", "x2"]}, "needs a task"),
+        ({"modalities": ["x1", "x2"], "views": "x2"}, "views = 'x2' should be a map"),
         ({**SUP, "views": {"x1": "x2"}}, "needs a task"),
         ({**SUP, "label": "z"}, "'z' is no modality"),
         ({**SSL, "views": {"x1": "v1", "x2": "v3"}}, "'v3' is no modality"),
