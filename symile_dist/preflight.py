@@ -10,12 +10,13 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 import torch
 
 from symile_dist.checkpoint.manifest import CHECKPOINTS, CheckpointError, complete_checkpoints
 from symile_dist.checkpoint.manifest import read_manifest as read_checkpoint
-from symile_dist.config import Config
+from symile_dist.config import Component, Config
 from symile_dist.data.index import ShardError
 from symile_dist.data.loader import open_training, open_validation
 from symile_dist.data.manifest import differences as shard_differences
@@ -41,9 +42,8 @@ def _checks(config: Config) -> list[Callable[[], Any]]:
         try:
             if hasattr(encoder, "check"):  # that its weights can be had
                 encoder.check(**spec.options)
-            if ours:  # its shapes alone: without memory, and without trained weights
-                with weights_follow(), torch.device("meta"):
-                    build(spec.name, spec.options, ENCODERS, "encoder", embedding_dim=config.model.embedding_dim)
+            if ours:
+                _build_without_memory(spec, config.model.embedding_dim)
         except mistakes as error:
             raise ValueError(f"encoder '{spec.name}': {error}; are its options of the right type?") from error
 
@@ -54,6 +54,12 @@ def _checks(config: Config) -> list[Callable[[], Any]]:
     def transform(name: str) -> None:
         spec = config.modalities[name].transform
         build(spec.name, spec.options, TRANSFORMS, "transform")
+
+    def of_modality(name: str, check: Callable[[str], None]) -> None:
+        try:
+            check(name)
+        except ValueError as error:
+            raise ValueError(f"modality '{name}': {error}") from error
 
     def objective() -> None:
         make_objective(config)
@@ -83,12 +89,22 @@ def _checks(config: Config) -> list[Callable[[], Any]]:
             newest_checkpoint(config.run.init_from)
 
     checks: list[Callable[[], Any]] = [objective, best_metric, warm_start, lambda: check_loggers(config)]
-    for name in config.modalities:
-        checks += [lambda n=name: encoder(n), lambda n=name: decoder(n), lambda n=name: transform(n)]  # type: ignore[misc]
+    for name, modality in config.modalities.items():
+        for check in [decoder, transform] if modality.encoder_of else [encoder, decoder, transform]:
+            checks.append(lambda n=name, check=check: of_modality(n, check))  # type: ignore[misc]
     checks.append(training_data)
     for directory in {config.data.validation, config.data.test} - {None}:
         checks.append(lambda d=directory: held_out_data(d))  # type: ignore[misc]
     return checks
+
+
+def _build_without_memory(encoder: Component, embedding_dim: int) -> None:
+    """Shapes alone, and no trained weights. Raises ValueError for options that cannot be, and as torch does."""
+    with weights_follow(), torch.device("meta"), catch_warnings(action="ignore"):
+        built = build(encoder.name, encoder.options, ENCODERS, "encoder", embedding_dim=embedding_dim)
+    for name, parameter in built.named_parameters():
+        if parameter.numel() == 0:
+            raise ValueError(f"encoder '{encoder.name}': a size is 0: '{name}' is {tuple(parameter.shape)}")
 
 
 def _is_ours(encoder: Any) -> bool:
@@ -161,7 +177,7 @@ def preflight(config: Config, fresh: bool = False) -> list[str]:
             check()
         except ValueError as error:
             data_is_there = data_is_there and not isinstance(error, ShardError)
-            if str(error) not in problems:
+            if not any(str(error) in told for told in problems):  # opening the data meets a wrong transform again
                 problems.append(str(error))
     if problems:
         source = f"data.source: {config.data.source}"

@@ -52,6 +52,7 @@ def looked_at(make_config: MakeConfig, shards: Path, models: Path, name: str, op
     [
         ("resnet", {"depth": 19}, "depth must be one of 18, 34, 50, 101, 152, not 19"),
         ("resnet", {"depth": 18, "width": -4}, "encoder 'resnet'"),
+        ("resnet", {"depth": 18, "channels": 0}, r"encoder 'resnet': a size is 0: 'conv1\.weight'"),
         ("mlp", {"input_dim": "4"}, "encoder 'mlp'.*right type"),
         ("mlp", {"input_dim": 4, "activation": "tanh"}, "should be gelu or relu"),
         ("features", {"input_dim": -1}, "encoder 'features'"),
@@ -71,8 +72,26 @@ def looked_at(make_config: MakeConfig, shards: Path, models: Path, name: str, op
 def test_options_that_cannot_be(
     make_config: MakeConfig, shards: Path, models: Path, name: str, options: dict[str, Any], words: str
 ) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=f"modality 'a': .*{words}"):
         looked_at(make_config, shards, models, name, options)
+
+
+@pytest.mark.parametrize(
+    ("transform", "words"),
+    [
+        ({"name": "tensor", "dtype": "float31"}, "modality 'b': 'float31' is not a type of torch"),
+        (
+            {"name": "tokens", "model": "./nowhere"},
+            "modality 'b': ./nowhere: no tokenizer can be loaded: no such folder",
+        ),
+    ],
+)
+def test_a_wrong_transform_is_told_once(
+    make_config: MakeConfig, shards: Path, transform: dict[str, str], words: str
+) -> None:
+    with pytest.raises(ValueError) as told:
+        preflight(make_config(shards, f"modalities.b.transform={json.dumps(transform)}"), fresh=True)
+    assert str(told.value) == words
 
 
 GOOD: dict[str, dict[str, Any]] = {
