@@ -77,9 +77,7 @@ def collate(samples: list[torch.Tensor], variable_length: bool) -> Inputs:
         return torch.stack(samples)
     lengths = torch.tensor([len(sample) for sample in samples], dtype=torch.int64)
     first = samples[0]
-    longest = max(
-        1, int(lengths.max())
-    )  # where all are empty too: convolutions and attention take no tensor of nothing
+    longest = max(1, int(lengths.max()))  # convolutions and attention take no tensor of nothing
     values = first.new_zeros((len(samples), longest, *first.shape[1:]))
     for row, sample in enumerate(samples):
         values[row, : len(sample)] = sample
