@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -13,17 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from symile_dist.cli import main
 from symile_dist.data.manifest import read_manifest
 from symile_dist.errors import RunFailed, RunStopped
 from symile_dist.tools.reproduce import xor
+from symile_dist.tools.reproduce.experiments import Outcome, show
 from symile_dist.tools.reproduce.lab import Lab
 from symile_dist.tools.reproduce.m3_digits import word_tokenizer
 from symile_dist.tools.reproduce.names import EXPERIMENTS
 from symile_dist.tools.reproduce.publish import publish
 from symile_dist.tools.reproduce.report import Check, Report, Table, markdown, mean_error
 from symile_dist.tools.reproduce.samples import Split, write_dataset
+from symile_dist.tools.reproduce.trial import seconds_of_steps
 from symile_dist.tools.reproduce.xor import bayes_accuracy, information, parity_split, xor_split
 
 
@@ -152,6 +156,31 @@ def test_a_word_is_one_token(tmp_path: Path) -> None:
     ids = TokensTransform(str(tmp_path / "words"))("four seven_τέσσερα δύο_よん なな", None).tolist()
     assert len(ids) == 8 and ids[2] == ids[5] and len(set(ids)) == 7
     assert 1 not in ids and max(ids) < size, "a word of a number is not in the vocabulary"
+
+
+def test_a_terminal_shows_what_stands_in_brackets(tmp_path: Path) -> None:
+    table = Table("of [ws; w1]", ["x[0]"], [["[0, 1]"]])
+    report = Report("x", "[a]", "x1 = [ws; w1] T1", tables=[table], checks=[Check("in [0, 1]", "[0.5]", True)])
+    report.notes.append("a note [1]")
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(show(Outcome(report, {"seconds": 60.0}, tmp_path / "[out]")))
+    shown = console.export_text()
+    for words in ("[a]", "x1 = [ws; w1] T1", "of [ws; w1]", "x[0]", "[0, 1]", "[0.5]", "a note [1]", "[out]"):
+        assert words in shown
+
+
+def test_a_trial_s_seconds_are_those_of_all_calls(tmp_path: Path) -> None:
+    assert seconds_of_steps(tmp_path / "history.jsonl") == 0.0
+    records = [
+        {"kind": "start", "step": 1},
+        {"kind": "train", "step": 10, "step_seconds": 2.0},
+        {"kind": "validation", "step": 10},
+        {"kind": "start", "step": 6},  # killed, and on from the checkpoint of step 5
+        {"kind": "train", "step": 10, "step_seconds": 3.0},
+        {"kind": "train", "step": 12, "step_seconds": 1.0},
+    ]
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert seconds_of_steps(tmp_path / "history.jsonl") == 20 + 15 + 2
 
 
 def test_mean_and_error_over_seeds() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 import symile_dist
@@ -95,21 +96,21 @@ def command(lab: Lab) -> str:
 def show(outcome: Outcome) -> Group:
     """One experiment on a terminal."""
     report = outcome.report
-    parts: list[Any] = [f"\n[bold]{report.title}[/bold]\n{report.paper}\n"]
+    parts: list[Any] = [f"\n[bold]{escape(report.title)}[/bold]\n{escape(report.paper)}\n"]
     for table in report.tables:
-        parts.append(f"  {table.title}")
+        parts.append(f"  {escape(table.title)}")
         drawn = Table(box=box.SIMPLE)
         for number, column in enumerate(table.header):
-            drawn.add_column(column, justify="left" if number == 0 else "right")
+            drawn.add_column(escape(column), justify="left" if number == 0 else "right")
         for row in table.rows:
-            drawn.add_row(*row)
+            drawn.add_row(*map(escape, row))
         parts.append(drawn)
     for check in report.checks:
         verdict = "[green]holds[/green]" if check.holds else "[red]fails[/red]"
-        parts.append(f"  {verdict}  {check.claim}: {check.seen}")
-    parts += [f"  {note}" for note in report.notes]
+        parts.append(f"  {verdict}  {escape(check.claim)}: {escape(check.seen)}")
+    parts += [f"  {escape(note)}" for note in report.notes]
     files = [f"{outcome.folder}/{name}" for name in ("results.md", *report.figures)]
-    parts.append(f"\n  {outcome.how['seconds'] / 60:.1f} minutes; see " + ", ".join(files))
+    parts.append(f"\n  {outcome.how['seconds'] / 60:.1f} minutes; see " + escape(", ".join(files)))
     return Group(*parts)
 
 

@@ -181,6 +181,7 @@ def _train_and_evaluate(trial: Trial, recorder: Recorder) -> dict[str, Any]:
     config, folder = trial.config, trial.folder
     another = (folder / CONFIG_FILE).exists() and load_run(folder).digest() != config.digest()
     prepare(config, fresh=another, resume=not another)
+    earlier = seconds_of_steps(folder / HISTORY_FILE)
     try:
         state = train_rank(config, 0, torch.device("cpu"), recorder)
     finally:
@@ -195,6 +196,18 @@ def _train_and_evaluate(trial: Trial, recorder: Recorder) -> dict[str, Any]:
         "validation": [record for record in history if record["kind"] == "validation"],
         "evaluation": trial.evaluate(folder),
     }
-    results["seconds"] = time.monotonic() - begin
+    results["seconds"] = earlier + time.monotonic() - begin
     write_json(folder / TRIAL_FILE, results)
     return results
+
+
+def seconds_of_steps(history: Path) -> float:
+    """What the steps that a history tells of took, in all calls that trained them."""
+    seconds, before = 0.0, 0
+    for record in read_history(history) if history.exists() else []:
+        if record["kind"] == "train":
+            seconds += record["step_seconds"] * max(0, record["step"] - before)
+            before = record["step"]
+        elif record["kind"] == "start":
+            before = record["step"] - 1
+    return seconds
