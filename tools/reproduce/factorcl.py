@@ -394,8 +394,8 @@ def _figure(lab: Lab, bounds: dict[str, Any], probes: dict[str, list[Any]]) -> s
             left.plot(np.arange(len(values)) + window, values, style, color=color, label=f"{title}, {kind.title}")
         left.axhline(kind.nats, color=color, linewidth=1, linestyle=":")
     left.set(xlabel="step", ylabel="nats", title="Bounds (dotted: the truth)")
-    left.set_ylim(0, 1.6 * max(kind.nats for kind in GAUSSIANS.values()))
-    left.legend(frameon=False, fontsize=8)
+    left.set_ylim(0, 1.1 * max(smoothed(bounds[name]["upper"]) for name in GAUSSIANS))  # not the rise from the ground
+    left.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1, 0.68))
     shown = [place for place in NATS if place[0] != "sup-w1" and place[1].startswith("x1")] + [("sup-w1", "x1.unique")]
     for number, latent in enumerate(LATENTS):
         heights = [max(0.0, mean_error(_r2(probes, *place, latent)).mean) for place in shown]
