@@ -86,7 +86,14 @@ def start(config_file: Path, *overrides: str, address: str | None = None) -> sub
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     if address:
         environment["RAY_ADDRESS"] = address
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        # In the background of a shell SIGINT is ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def test_ctrl_c_ends_the_run_in_words(make_config: MakeConfig, config_file: Path) -> None:
