@@ -185,7 +185,7 @@ def _hidden_layers(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> tuple[
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right, of bfloat16 where torch.set_float32_matmul_precision("medium") allows it and the CPU multiplies it.
 
-    torch alone does so on CPUs with AMX only. With AVX-512's dot products of bfloat16 it takes half of float32's time.
+    torch alone does so on CPUs with AMX only, though AVX-512's products of bfloat16, too, are faster than float32's.
     """
     medium = left.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
     if medium and left.device.type == "cpu" and _multiplies_bfloat16():
