@@ -207,6 +207,15 @@ def test_a_page_says_what_does_not_hold() -> None:
     assert json.loads(json.dumps(report().data))["holds"] is False
 
 
+def test_a_bar_within_a_cell_begins_no_other() -> None:
+    page = report()
+    page.tables.append(Table("Error", ["|x|", "y"], [["p(a | b)", "1"]]))
+    page.checks.append(Check("|loss - CLIP's| ≤ 1e-6", "0", True))
+    written = markdown(page, "Made.")
+    for line in (r"| \|x\| | y |", r"| p(a \| b) | 1 |", r"| \|loss - CLIP's\| ≤ 1e-6 | 0 | holds |"):
+        assert line in written.splitlines()
+
+
 def test_all_results_become_one_page(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no results yet"):
         publish(tmp_path / "out", tmp_path / "docs" / "results.md")

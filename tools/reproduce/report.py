@@ -79,17 +79,22 @@ def markdown(report: Report, how: str) -> str:
     """The report as a page; `how`: command, hardware and time."""
     lines = [f"# {report.title}", "", report.paper, "", how, ""]
     for table in report.tables:
-        lines += [f"**{table.title}**", "", f"| {' | '.join(table.header)} |", "|---" * len(table.header) + "|"]
-        lines += [f"| {' | '.join(row)} |" for row in table.rows]
+        lines += [f"**{table.title}**", "", _line(table.header), "|---" * len(table.header) + "|"]
+        lines += [_line(row) for row in table.rows]
         lines.append("")
     if report.checks:
         lines += ["| what it has to show | seen | |", "|---|---|---|"]
-        lines += [f"| {c.claim} | {c.seen} | {'holds' if c.holds else '**does not hold**'} |" for c in report.checks]
+        lines += [_line([c.claim, c.seen, "holds" if c.holds else "**does not hold**"]) for c in report.checks]
         lines.append("")
     lines += [f"- {note}" for note in report.notes] + [""] * bool(report.notes)
     for figure in report.figures:
         lines += [f"![{report.title}]({figure})", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    # A bar within a cell would begin another one.
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def save_figure(figure: Any, folder: Path, name: str) -> str:
