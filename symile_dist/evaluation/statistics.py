@@ -33,7 +33,7 @@ def uniformity(
     """log E exp(-t |x - y|^2) over pairs of different samples of (n, D), L2-normalised here; lower is more uniform.
 
     Wang & Isola 2020, arXiv 2005.10242, equation 5. Of more than `max_samples` so many are drawn. NaN for fewer than
-    two samples.
+    two samples, and where one is not finite.
     """
     if len(vectors) > max_samples:
         vectors = vectors[torch.from_numpy(np.sort(permutation(len(vectors), "uniformity", seed)[:max_samples]))]
@@ -48,7 +48,7 @@ def uniformity(
         kernel[torch.arange(len(kernel)), torch.arange(start, start + len(kernel))] = 0.0
         total += float(kernel.double().sum())
     pairs = len(units) * (len(units) - 1)
-    return math.log(total / pairs) if total > 0 else -math.inf
+    return -math.inf if total == 0 else math.log(total / pairs)
 
 
 def effective_rank(vectors: Tensor, device: torch.device | None = None) -> float:

@@ -44,6 +44,8 @@ def test_uniformity(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = torch.tensor([[1.0, 0.0]] * 5 + [[-1.0, 0.0]] * 5)
     assert uniformity(ends) == pytest.approx(math.log(4 / 9 + 5 / 9 * math.exp(-8)), abs=1e-6)
     assert math.isnan(uniformity(x[:1]))
+    x[3, 1] = math.nan
+    assert math.isnan(uniformity(x)), "minus infinity would be the most uniform of all"
 
 
 def test_uniformity_of_many_samples_is_that_of_some() -> None:
