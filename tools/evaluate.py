@@ -144,6 +144,7 @@ def evaluate_run(
             "step": manifest.step,
             "split": split if shards is None else Path(shards).name,
             "shards": directory,
+            "label": config.data.label,
         }
         measured = bool(metrics or task or probe)
         if write and measured and rank() == 0:

@@ -22,8 +22,8 @@ def write_results(folder: Path, results: dict[str, Any], max_samples: int | None
     if earlier.get("shards", results["shards"]) != results["shards"]:  # another folder of that name
         name = f"{split}-{hashlib.sha256(results['shards'].encode()).hexdigest()[:8]}-{folder_name(results['step'])}"
         earlier = _earlier(folder / f"{name}.json")
-    # What an earlier evaluation of the same weights and samples has found besides stays.
-    if any(earlier.get(key) != results[key] for key in ("run", "step", "shards", "samples", "loss")):
+    # What an earlier evaluation of the same weights, samples and classes has found besides stays.
+    if any(earlier.get(key) != results[key] for key in ("run", "step", "shards", "label", "samples", "loss")):
         earlier = {}
     figures = [folder / f"{name}.{suffix}" for suffix in ("png", "svg")]
     if "retrieval" in results or not earlier:

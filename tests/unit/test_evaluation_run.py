@@ -435,6 +435,15 @@ def test_a_later_evaluation_leaves_the_earlier_results(data: Path, run: Path, tm
     assert json.loads(beside.read_text())["samples"] == 8
 
 
+def test_figures_of_one_label_are_not_put_beside_those_of_another(run: Path) -> None:
+    file = run / "evaluation" / "test-step-00000004.json"
+    evaluate_run(run, metrics=["retrieval"], probe=["a"])
+    evaluate_run(run, metrics=["retrieval"], directions=["a_from_b"], overrides=["data.label=number"])
+    results = json.loads(file.read_text())
+    assert results["label"] == "number" and results["classes"] == SAMPLES
+    assert list(results["retrieval"]) == ["a_from_b"] and "probe" not in results
+
+
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
     """Of 20 samples the last four cannot be read."""
