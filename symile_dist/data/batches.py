@@ -326,7 +326,8 @@ class StepDataset(Dataset[Batch]):
         if not isinstance(metadata, dict):
             raise _Undecodable(self.metadata_member, "is not a JSON object")
         wanted = {key: metadata[key] for key in self.metadata if key in metadata}
-        return str(metadata.get(self.label, label)), wanted
+        found = metadata.get(self.label)
+        return label if found is None else str(found), wanted
 
     def _find_examples(self) -> list[torch.Tensor]:
         """A tensor of each modality, of the shape that most of the first readable samples have."""

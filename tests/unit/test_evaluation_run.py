@@ -444,6 +444,19 @@ def test_figures_of_one_label_are_not_put_beside_those_of_another(run: Path) -> 
     assert list(results["retrieval"]) == ["a_from_b"] and "probe" not in results
 
 
+def test_a_label_that_is_null_is_none(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        members = []
+        for number in range(12):
+            facts = {"json": json.dumps({"class": "one" if number < 5 else None}).encode()}
+            every = {f"{name}.npy": npy_bytes(sample_array(name, number)) for name in "abc"} | facts
+            members += [(f"{key_of(number)}.{suffix}", content) for suffix, content in every.items()]
+        write_tar(tmp_path / split / "shard-00000.tar", members)
+        index_directory(tmp_path / split)
+    results = evaluate_run(untrained_run(configured(tmp_path, tmp_path)), metrics=["retrieval"], write=False)
+    assert results["classes"] == 1 + 7, "a sample without a label is a class of its own"
+
+
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
     """Of 20 samples the last four cannot be read."""
