@@ -30,6 +30,7 @@ def write_results(folder: Path, results: dict[str, Any], max_samples: int | None
         for file in figures:
             file.unlink(missing_ok=True)
         earlier.pop("figures", None)
+        earlier.pop("queries_left_out", None)
     whole = _together(earlier, results)
     rows = list(whole.get("retrieval", {}).values())
     if figure and "retrieval" in results and any(row["accuracy"] is not None for row in rows):

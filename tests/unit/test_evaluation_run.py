@@ -254,6 +254,10 @@ def test_candidates_of_the_split(data: Path, run: Path, tmp_path: Path, capsys: 
     assert again["accuracy"] == row["accuracy"] and again["recall"] == row["recall"]
     assert main(["evaluate", str(run), named]) == 2
     assert "a sample's metadata has no 'label_hadm_id'" in capsys.readouterr().err
+    # Of all samples afterwards: what was said of the candidates goes.
+    assert main(["evaluate", *arguments[:-2], "--no-figure"]) == 0
+    results = json.loads((run / "evaluation" / "val_retrieval-step-00000004.json").read_text())
+    assert results["protocol"] == "all" and "queries_left_out" not in results
 
 
 def test_wrong_candidates_are_told_before_the_pass(run: Path, tmp_path: Path) -> None:
