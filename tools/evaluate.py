@@ -134,7 +134,13 @@ def evaluate_run(
             read_candidates(chosen.file, chosen.query, chosen.positive, chosen.sample)
         directory = shards or split_directory(config, split)
         for other in ("train", "validation") if probe else ():
-            split_directory(config, other)
+            if Path(split_directory(config, other)).resolve() == Path(directory).resolve() and rank() == 0:
+                logger.warning(
+                    "--probe: %s holds the %s samples, to which the probe itself is fitted: its accuracy is not one of "
+                    "held-out samples (data.test=FOLDER or --shards FOLDER names others)",
+                    directory,
+                    other,
+                )
         found = trained.parts(directory, max_samples, list(dict.fromkeys([*keys, *metadata])), progress)
         manifest = read_manifest(folder)
         # Of what a user may have got wrong, all that can be told before the pass is told before it.

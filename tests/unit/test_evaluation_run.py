@@ -137,6 +137,23 @@ def test_figures_are_those_of_the_library_on_the_exported_embeddings(run: Path, 
     assert results["probe"]["c"]["samples"] == {"train": SAMPLES, "validation": SAMPLES, "test": SAMPLES}
 
 
+def test_a_probe_that_is_fitted_to_what_it_is_judged_by_is_warned_of(
+    data: Path, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for options, seen in (
+        ({}, "validation"),  # the config names no test split
+        ({"split": "train"}, "train"),
+        ({"shards": str(data / "train" / "..") + "/val"}, "validation"),
+        ({"shards": str(data / "lacking"), "probe": ["b"]}, None),
+    ):
+        caplog.clear()
+        evaluate_run(run, metrics=(), write=False, **{"probe": ["a"], **options})  # type: ignore[arg-type]
+        told = [record.getMessage() for record in caplog.records if "--probe" in record.getMessage()]
+        assert [f"holds the {seen} samples, to which the probe itself is fitted" in words for words in told] == (
+            [True] if seen else []
+        )
+
+
 def test_an_export_alone_keeps_nothing_in_memory(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[int] = []
     joined = evaluate.joined
