@@ -59,7 +59,9 @@ def write_embeddings(
         about: what the embeddings come from (run, step, ...); kept in the schema, with the embeddings' names.
         metadata: keys that become columns, as strings; what is no string stands there as JSON.
 
-    Raises ValueError without a sample, and for an embedding that is called like another column.
+    An embedding that is called like a column besides (`label`) becomes `label.embedding`.
+
+    Raises ValueError without a sample, and where two columns would have one name nonetheless.
     """
     count = 0
 
@@ -100,6 +102,10 @@ def _schema(part: EmbeddingRows, about: Mapping[str, Any], metadata: Sequence[st
     facts += [(f"metadata.{key}", pa.string()) for key in metadata]
     taken = {name for name, _ in facts}
     columns = {name: f"{name}.embedding" if name in taken else name for name in part.vectors}
+    given = [*taken, *columns.values()]
+    twice = sorted({column for column in given if given.count(column) > 1})
+    if twice:
+        raise ValueError(f"two columns would be called '{twice[0]}'; give one of them another name")
     lists = [(columns[name], pa.list_(pa.float32(), vectors.shape[1])) for name, vectors in part.vectors.items()]
     told = {**about, "embeddings": columns, "metadata": list(metadata)}
     return pa.schema([*facts, *lists], metadata={SCHEMA_KEY: json.dumps(told).encode()})

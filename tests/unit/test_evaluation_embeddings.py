@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,18 @@ def test_any_reader_of_parquet_reads_it(tmp_path: Path) -> None:
     assert schema.field("x1").type == pa.list_(pa.float32(), 5)
     table = pq.read_table(path)
     assert table["x1"][0].as_py() is None and table["x1"][1].as_py() == rows(0, 5).vectors["x1"][1].tolist()
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    part = rows(0, 5)
+    part = replace(
+        part,
+        vectors={**part.vectors, "label.embedding": part.vectors["x1"]},
+        present={**part.present, "label.embedding": part.present["x1"]},
+    )
+    with pytest.raises(ValueError, match=r"two columns would be called 'label\.embedding'"):
+        write_embeddings(tmp_path / "embeddings.parquet", [part], {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
