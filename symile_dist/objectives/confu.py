@@ -85,7 +85,8 @@ class ConFuSimilarity:
 
         def with_fusion(candidates: Tensor, vectors: Sequence[Tensor]) -> Tensor:
             fused = self.objective.fuse(target, [unit_rows(vector) for vector in vectors])
-            return unit_rows(fused) @ unit_rows(candidates).T
+            units = unit_rows(candidates)
+            return unit_rows(fused).to(units.dtype) @ units.T
 
         return with_fusion
 

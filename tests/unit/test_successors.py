@@ -62,6 +62,18 @@ def test_confu_fuses_the_others_in_the_order_of_the_config() -> None:
     torch.testing.assert_close(towards(objective.similarity, "audio", ["text"])(audio, [2 * text]), text @ audio.T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_confu_compares_vectors_of_another_precision_than_its_fusions(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    objective = ConFuObjective(NAMES, DIMENSION)
+    image, audio, text = vectors(3)
+    similarity = towards(objective.similarity, "audio", ["image", "text"])
+    scores = similarity(audio.to(dtype), [image.to(dtype), text.to(dtype)])
+    torch.testing.assert_close(
+        scores.float(), similarity(audio.float(), [image.float(), text.float()]), rtol=0, atol=0.03
+    )
+
+
 def test_confu_refuses_what_it_cannot_fuse() -> None:
     with pytest.raises(ValueError, match="two modalities or more"):
         ConFuObjective(["image", "text"], DIMENSION)
