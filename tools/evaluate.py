@@ -23,7 +23,7 @@ from torch import Tensor
 from symile_dist import __version__
 from symile_dist.checkpoint.manifest import read_manifest
 from symile_dist.config import Config
-from symile_dist.data.batches import StepDataset
+from symile_dist.data.batches import StepDataset, own_class
 from symile_dist.distributed import broadcast_object, rank
 from symile_dist.evaluation.bootstrap import bootstrap_means
 from symile_dist.evaluation.candidates import (
@@ -159,6 +159,11 @@ def evaluate_run(
         probed = _embeddings_to_probe(parts.names, probe)
         if embeddings_of(trained.module.objective) is not None and "retrieval" in metrics and parts.names:
             parse_directions(section.directions, parts.names)
+        if probe and parts.names and not parts.labelled:
+            raise ValueError(
+                f"--probe reads the label, and the samples of {directory} have none: "
+                f"data.label = {config.data.label!r} should be a key of their metadata"
+            )
         if chosen and not chosen.file:
             entries_of_metadata(parts.metadata, chosen.query, chosen.positive)
         if export is not None:
@@ -230,11 +235,15 @@ class _Kept:
     """Of the embeddings, which the first part tells."""
     metadata: list[dict[str, Any]]
     """Of the first part's samples."""
+    labelled: bool
+    """Whether any of these has a label."""
 
     def __init__(self, parts: Iterator[HeldOutPart], keep: bool) -> None:
         first = next(parts, None)
         self.names = [] if first is None else list(first.representations)
         self.metadata = [] if first is None else first.metadata
+        sample_ids = [] if first is None else first.sample_ids.tolist()
+        self.labelled = first is not None and first.labels != [own_class(sample_id) for sample_id in sample_ids]
         self._parts, self._keep = parts if first is None else chain([first], parts), keep
         self._seen: list[HeldOutPart] = []
 
@@ -314,8 +323,10 @@ def _retrieval(trained: Trained, held_out: HeldOut, progress: Report) -> dict[st
             result = retrieve(similarity, vectors, direction, classes, **options, across_ranks=True, report=report)
         found[str(direction)] = result.as_dict()
     progress("retrieval", len(wanted) * samples, len(wanted) * samples)
-    left_out = {"queries_left_out": lists.left_out} if lists is not None else {}
-    return {"protocol": protocol, **left_out, "retrieval": found}
+    of_lists: dict[str, Any] = {}
+    if section.candidates is not None and lists is not None:
+        of_lists = {"candidates": section.candidates.model_dump(), "queries_left_out": lists.left_out}
+    return {"protocol": protocol, **of_lists, "retrieval": found}
 
 
 def _report_queries(progress: Report, before: int, total: int, done: int) -> None:

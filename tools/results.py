@@ -30,7 +30,6 @@ def write_results(folder: Path, results: dict[str, Any], max_samples: int | None
         for file in figures:
             file.unlink(missing_ok=True)
         earlier.pop("figures", None)
-        earlier.pop("queries_left_out", None)
     whole = _together(earlier, results)
     rows = list(whole.get("retrieval", {}).values())
     if figure and "retrieval" in results and any(row["accuracy"] is not None for row in rows):
@@ -50,8 +49,12 @@ def _earlier(file: Path) -> dict[str, Any]:
 
 
 def _together(earlier: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    whole = {**earlier, **results}
-    if "retrieval" in results and earlier.get("protocol") == results["protocol"]:
+    if "retrieval" not in results:
+        return {**earlier, **results}
+    protocol = ("protocol", "candidates", "queries_left_out")
+    same = all(earlier.get(key) == results.get(key) for key in protocol)
+    whole = {key: value for key, value in earlier.items() if key not in protocol} | results
+    if same:
         rows = {**earlier["retrieval"], **results["retrieval"]}
         if len({tuple(row["recall"]) for row in rows.values()}) == 1:  # else they make no table
             whole["retrieval"] = rows

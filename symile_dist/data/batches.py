@@ -129,6 +129,11 @@ def _groups(slots: Slots) -> Iterator[_Group]:
             yield _Group(dataset, shard, epoch, order[first:end])
 
 
+def own_class(sample_id: int) -> str:
+    """The class of a sample without a label, which no other sample is of."""
+    return f"sample {sample_id}"
+
+
 class StepDataset(Dataset[Batch]):
     """`dataset[t]` is this rank's share of global batch t. Map-style, so that batches come back in order.
 
@@ -316,7 +321,7 @@ class StepDataset(Dataset[Batch]):
 
     def _facts(self, data: dict[str, bytes], sample_id: int) -> tuple[str, dict[str, Any]]:
         """Label and metadata: of the latter the keys that are wanted and there."""
-        label = f"sample {sample_id}"  # a class of its own, which no label of another sample equals
+        label = own_class(sample_id)
         if not (self.label or self.metadata) or not data.get(self.metadata_member):
             return label, {}
         try:

@@ -269,6 +269,14 @@ def test_candidates_of_the_split(data: Path, run: Path, tmp_path: Path, capsys: 
     assert main(["evaluate", *arguments[:-2], by_table, "--json", "--no-figure"]) == 0
     again = json.loads(capsys.readouterr().out)["retrieval"]["a_from_b_c"]
     assert again["accuracy"] == row["accuracy"] and again["recall"] == row["recall"]
+    # Other lists of candidates are another task: its figures do not join those of the first.
+    others = tmp_path / "others.csv"
+    others.write_text("\n".join(["hadm_id,label_hadm_id,label", *lines[:16]]))
+    by_others = by_table.replace(str(table), str(others))
+    by_direction = [*arguments[:4], "b_from_a_c", "--no-figure"]
+    assert main(["evaluate", *by_direction, by_others]) == 0
+    results = json.loads((run / "evaluation" / "val_retrieval-step-00000004.json").read_text())
+    assert list(results["retrieval"]) == ["b_from_a_c"] and results["candidates"]["file"] == str(others)
     assert main(["evaluate", str(run), named]) == 2
     assert "a sample's metadata has no 'label_hadm_id'" in capsys.readouterr().err
     # Of all samples afterwards: what was said of the candidates goes.
@@ -476,6 +484,16 @@ def test_a_label_that_is_null_is_none(tmp_path: Path) -> None:
         index_directory(tmp_path / split)
     results = evaluate_run(untrained_run(configured(tmp_path, tmp_path)), metrics=["retrieval"], write=False)
     assert results["classes"] == 1 + 7, "a sample without a label is a class of its own"
+
+
+def test_a_probe_of_samples_without_labels_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "joined", lambda parts: pytest.fail("before the pass"))
+    for label in ("klass", "null"):
+        assert main(["evaluate", str(run), "--probe", "a", f"data.label={label}"]) == 2
+        assert "--probe reads the label, and the samples of" in capsys.readouterr().err
+    assert not list((run / "evaluation").iterdir())
 
 
 @pytest.fixture
