@@ -13,8 +13,8 @@ INTRODUCTION = """# Results
 
 Every table and figure here was written by the command that stands above it, from fixed seeds. Run it again with
 `--publish docs/results.md`, and this page is made of all that the folder `--out` holds. What does not hold, or differs
-from the published setting, is said beside it. The datasets of the papers are not used: Symile-M3 and CC3M could not be fetched
-where these ran, and Symile-MIMIC needs credentials; docs/presets.md has the configs that train on them.
+from the published setting, is said beside it. The datasets of the papers are not used: Symile-M3 and CC3M could not be
+fetched where these ran, and Symile-MIMIC needs credentials; docs/presets.md has the configs that train on them.
 """
 
 
