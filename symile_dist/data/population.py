@@ -76,7 +76,8 @@ class Population:
         self._withheld = _probabilities(config) if withhold else None
         self._indices: Recent[int, ShardIndex] = Recent(64)
         self._rows: Recent[tuple[int, frozenset[int]], Int64Array] = Recent(64)
-        self._excluded: dict[int, dict[int, frozenset[int]]] = {}
+        # Of small data a run has a hundred thousand epochs: not one entry for each of them.
+        self._excluded: Recent[int, dict[int, frozenset[int]]] = Recent(64)
         accepted = [self._accepted_patterns(number) for number in range(len(counts))]
         self.base_sizes = [sum(count for count, used in patterns if used) for patterns in accepted]
         """Samples per shard that have what is required, in quarantine or not."""
@@ -115,14 +116,14 @@ class Population:
 
     def _excluded_in(self, epoch: int) -> dict[int, frozenset[int]]:
         """Shard -> rows that are left out in an epoch."""
-        if epoch not in self._excluded:
-            found = self.quarantine.excluded(self.name, epoch)
-            self._excluded[epoch] = {
+        return self._excluded.get(
+            epoch,
+            lambda: {
                 self.shard_numbers[shard]: frozenset(rows)
-                for shard, rows in found.items()
+                for shard, rows in self.quarantine.excluded(self.name, epoch).items()
                 if shard in self.shard_numbers
-            }
-        return self._excluded[epoch]
+            },
+        )
 
     def sizes(self, epoch: int) -> list[int]:
         """Samples used per shard. Opens the indices of those shards of which single samples are left out and not all
