@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from itertools import chain, islice
@@ -598,6 +599,19 @@ def synthetic_manifest(folder: Path, shards: int, samples: int) -> None:
     (folder / "manifest.json").write_text(Manifest(str(folder), entries, ("a.npy", "b.npy", "c.npy", "json")).to_json())
     assert (folder / "manifest.json").stat().st_size < 1_000_000
     assert not list(folder.glob("*.idx"))
+
+
+def test_nothing_is_kept_of_an_epoch_that_is_over(shards: Path, make_config: MakeConfig) -> None:
+    population = open_training(configured(make_config, shards), 0, 0).dataset.populations[0]
+    for epoch in range(1_000):
+        population.rows(0, epoch)
+    tracemalloc.start()
+    try:
+        for epoch in range(1_000, 6_000):
+            population.rows(0, epoch)
+        assert tracemalloc.get_traced_memory()[0] < 100_000, "bytes that 5,000 epochs leave behind"
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.slow
