@@ -159,10 +159,11 @@ class FaultProxy:
         self.requests: list[tuple[str, str, str]] = []
         """(method, path, range) of each, in order."""
         self.body_bytes = 0
-        """Of answers passed on."""
+        """Of answers passed on, counted before they are: a client that has its answer finds it counted."""
         self.injected: Counter[str] = Counter()
-        self.at_once = 0
+        self._unanswered = 0
         self.most_at_once = 0
+        """Requests that waited for their answers together."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -187,17 +188,21 @@ class FaultProxy:
         self._loop.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.at_once += 1
-        self.most_at_once = max(self.most_at_once, self.at_once)
         try:
-            await self._pass_on(reader, writer)
+            self._unanswered += 1
+            self.most_at_once = max(self.most_at_once, self._unanswered)
+            try:
+                answer = await self._answer(reader, writer)
+            finally:
+                self._unanswered -= 1  # before the answer goes out: it may be followed by a request at once
+            writer.write(answer)
+            await writer.drain()
         except (OSError, asyncio.IncompleteReadError):
             pass
         finally:
-            self.at_once -= 1
             writer.close()
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         first, *lines = head.strip().split("\r\n")
         method, path, _ = first.split(" ")
@@ -212,14 +217,12 @@ class FaultProxy:
             self.injected[fault] += 1
         if fault == "hang":
             await reader.read()  # until the client goes
-            return
+            return b""
         if fault == "reset":
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            return
+            return b""
         if fault == "503":
-            writer.write(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-            await writer.drain()
-            return
+            return b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
         kept = [line for line in lines if not line.lower().startswith("connection:")]
         from_store, to_store = await asyncio.open_connection(*self._upstream)
         try:
@@ -231,6 +234,5 @@ class FaultProxy:
         answer_head, _, content = answer.partition(b"\r\n\r\n")
         if fault == "cut":
             content = content[: len(content) // 2]
-        writer.write(answer_head + b"\r\n\r\n" + content)
-        await writer.drain()
         self.body_bytes += len(content)
+        return answer_head + b"\r\n\r\n" + content
