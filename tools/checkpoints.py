@@ -427,6 +427,7 @@ def _portable(config: Config, files: Path) -> tuple[Config, list[str]]:
         "data": config.data.model_copy(update=data),
         "evaluation": config.evaluation.model_copy(update=evaluation),
         "metrics": MetricsConfig(),
+        "checkpoint": config.checkpoint.model_copy(update={"mirror": None}),
         "deepspeed": expert(config.deepspeed),
     }
     return with_options(config, option).model_copy(update=sections), list(dict.fromkeys(warnings))

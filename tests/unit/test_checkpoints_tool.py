@@ -486,6 +486,7 @@ def test_the_config_tells_neither_secrets_nor_this_machine(data: Path, tmp_path:
         f"deepspeed={{zero_optimization: {{offload_param: {{nvme_path: {tmp_path / 'nvme'}}}}}}}",
         f"evaluation.zero_shot={tmp_path / 'classes.yaml'}",
         f"run.init_from={tmp_path / 'older' / 'run'}",
+        f"checkpoint.mirror={tmp_path / 'mirror'}",
     ]
     run = untrained_run(configured(data, tmp_path, *own, *machine))
     summary = export(run, tmp_path / "exported")
