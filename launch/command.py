@@ -34,12 +34,14 @@ from symile_dist.launch.job import (
 from symile_dist.launch.processes import pieces_of
 from symile_dist.launch.profiles import Profile, profile_named
 from symile_dist.launch.records import known_record, new_id, record_of, records, remember, submitting
-from symile_dist.run_directory import check, load_run, read_run
-from symile_dist.storage import write_text
+from symile_dist.run_directory import RANKS_FILE, check, load_run, read_run
+from symile_dist.storage import read_json, write_text
 
 WAIT_SECONDS = 2.0
 PATIENCE_SECONDS = 600.0
 """A backend that does not answer for so long is no longer waited for."""
+FAILURES_TOLD = 5
+"""Of those since the driver was started."""
 SIZES = ("nodes", "gpus_per_node", "cpus_per_node", "time")
 """Options that a resumed job has from the one before."""
 SHARING = ("local", "slurm")
@@ -232,10 +234,39 @@ def status(run: str) -> dict[str, Any]:
     for key in ("status", "message", "step", "restarts", "best_step", "best_value"):
         if key in known:
             told[f"run_{key}" if key in ("status", "message") else key] = known[key]
+    told["failures"] = _dicts(known.get("failures"))
+    told["ranks"] = _ranks(directory)
     progress = _last_step(directory / "history.jsonl")
     if progress:
         told |= {key: progress[key] for key in ("step", "loss", "samples_per_second") if key in progress}
     return told
+
+
+def _dicts(content: Any) -> list[dict[str, Any]]:
+    """Files may be cut, or written by hand."""
+    return [each for each in content if isinstance(each, dict)] if isinstance(content, list) else []
+
+
+def _ranks(directory: Path) -> list[dict[str, Any]]:
+    """Where each rank is, or last was."""
+    try:
+        rows = _dicts(read_json(directory / RANKS_FILE))
+    except (OSError, ValueError):
+        return []
+    return [{key: row.get(key) for key in ("rank", "host", "pid")} for row in rows]
+
+
+def _hosts(ranks: Sequence[dict[str, Any]]) -> str:
+    """Host by host: `a: 0 1; b: 2 3`."""
+    found: dict[str, list[str]] = {}
+    for row in ranks:
+        found.setdefault(str(row["host"]), []).append(str(row["rank"]))
+    return "; ".join(f"{host}: {' '.join(numbers)}" for host, numbers in found.items())
+
+
+def _printable(words: Any) -> str:
+    """An escape sequence could do anything to the terminal."""
+    return "".join(each if each.isprintable() else " " for each in str(words))
 
 
 def _last_step(history: Path) -> dict[str, Any]:
@@ -263,12 +294,16 @@ def format_status(told: dict[str, Any]) -> str:
     if told.get("step") is not None:
         loss = f", loss {told['loss']:.4f}" if isinstance(told.get("loss"), float) else ""
         lines.append(f"  step         {told['step']}{loss}")
+    if told["state"] == "running" and told.get("run_status") not in (None, "running"):
+        lines.append(f"  it is        {_printable(told['run_status'])}")
     if told.get("restarts"):
         lines.append(f"  restarts     {told['restarts']}")
+    for failure in told["failures"][-FAILURES_TOLD:]:
+        lines.append(f"  failure      {_printable(failure.get('cause'))}: {_printable(failure.get('message'))}")
+    if told["ranks"]:
+        lines.append(f"  ranks        {_printable(_hosts(told['ranks']))}")
     if told.get("run_message"):
-        # An escape sequence could do anything to the terminal.
-        words = "".join(each if each.isprintable() else " " for each in str(told["run_message"]))
-        lines.append(f"  message      {words}")
+        lines.append(f"  message      {_printable(told['run_message'])}")
     return "\n".join([*lines, f"  directory    {told['run']}"])
 
 

@@ -20,6 +20,7 @@ import yaml
 from symile_dist.cli import build_parser, main
 from symile_dist.config import parse_config
 from symile_dist.health.lease import lease_file, locked
+from symile_dist.health.restarts import Failure
 from symile_dist.launch import BACKENDS
 from symile_dist.launch.command import _refuse_second, prepared, resubmitted, status_of
 from symile_dist.launch.job import Job, State, backend_named, minutes_of, node_sizes, rank_overrides
@@ -29,7 +30,7 @@ from symile_dist.launch.profiles import Profile, load_profiles
 from symile_dist.launch.ray_jobs import staged_files
 from symile_dist.launch.records import new_id, record_of, records, remember
 from symile_dist.launch.slurm import _ended, script_of
-from symile_dist.run_directory import check, prepare, read_run
+from symile_dist.run_directory import check, prepare, read_run, update_run, write_ranks
 from tests.shards import config_text
 
 
@@ -558,6 +559,26 @@ def test_a_damaged_record_is_none(shards: Path, home: Path, content: str, capsys
     index.write_text(content)
     assert main(["list"]) == 0 and main(["status", "mine"]) == 0
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_status_has_failures_with_their_causes_and_the_ranks_hosts(
+    shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = job(shards).config
+    prepare(config, fresh=False, resume=False)
+    failures = [Failure("rank_lost", f"rank 1 was lost, in step {step + 1}", step, 1, "n") for step in range(6)]
+    told = [vars(failure) for failure in failures]
+    update_run(config.run_directory, status="restarting", restarts=6, failures=[*told, "cut"])
+    write_ranks(config.run_directory, {n: {"rank": n, "host": "ab"[n // 2], "pid": 7, "node": "n"} for n in range(4)})
+    with locked(config.run_directory):
+        assert main(["status", "mine"]) == 0
+    words = capsys.readouterr().out
+    assert "it is        restarting" in words and "ranks        a: 0 1; b: 2 3" in words
+    assert words.count("failure      rank_lost: rank 1 was lost, in step") == 5 and "in step 6" in words
+    assert main(["status", "mine", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [failure["step"] for failure in found["failures"]] == list(range(6))
+    assert found["ranks"][2] == {"rank": 2, "host": "b", "pid": 7}
 
 
 def test_a_moved_run_is_still_what_it_was(shards: Path, home: Path) -> None:
