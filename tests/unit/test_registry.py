@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,29 @@ def test_every_registered_name_leads_to_something_documented(kind: str, name: st
     target = resolve(name, REGISTRIES[kind], kind)
     assert callable(target)
     assert inspect.getdoc(target), f"{kind} '{name}' has no docstring"
+
+
+@pytest.mark.parametrize("kind", REGISTRIES)
+def test_the_page_of_parts_has_every_name_and_option(kind: str) -> None:
+    """docs/parts.md, of which a config's author sees what options there are."""
+    page = (Path(__file__).parents[2] / "docs" / "parts.md").read_text(encoding="utf-8")
+    section = page.partition(f"| {kind} | options | |")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*?) \|", section, re.MULTILINE))
+    ours = {"data", "seed", "embedding_dim", "modalities", "global_batch_size"}
+    wanted = {}
+    for name in REGISTRIES[kind]:
+        parameters = inspect.signature(resolve(name, REGISTRIES[kind], kind)).parameters.values()
+        shown = [f"`{_option(parameter)}`" for parameter in parameters if parameter.name not in ours]
+        wanted[name] = ", ".join(shown)
+    assert {name: options.strip() for name, options in rows.items()} == wanted
+
+
+def _option(parameter: inspect.Parameter) -> str:
+    """As YAML has it."""
+    default = parameter.default
+    if default is inspect.Parameter.empty:
+        return parameter.name
+    return f"{parameter.name}: {default if isinstance(default, str) else json.dumps(default)}"
 
 
 def test_names_of_ones_own() -> None:
