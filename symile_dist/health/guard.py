@@ -25,8 +25,8 @@ from symile_dist.distributed import all_reduce_max
 
 Spike = Literal["loss_spike", "grad_spike"]
 ADVICE = (
-    "Lower optimizer.lr or model.logit_scale_init, lengthen optimizer.warmup_steps, or look for bad values in these "
-    "samples; symile-dist resume goes on, with guard.exclude=[...] without the steps that it names"
+    "Lower optimizer.lr (in a new run model.logit_scale_init too), lengthen optimizer.warmup_steps, or look for bad "
+    "values in these samples; symile-dist resume goes on, with guard.exclude=[...] without the steps that it names"
 )
 SPIKES: tuple[Spike, ...] = ("loss_spike", "grad_spike")
 LEAST_SPREAD = 0.1
