@@ -264,7 +264,7 @@ _TABLE = (
     MetricSpec(
         name="symile_contrastive_retrieval_accuracy_ratio",
         kind="gauge",
-        help="Validation retrieval accuracy at k, from 0 to 1; query is '<target>_from_<queries>'.",
+        help="Validation retrieval accuracy at k, 0 to 1; query is '<target>_from_<queries>'; served by rank 0.",
         unit="ratio",
         labels=("query", "k"),
         label_values={"k": RETRIEVAL_DEPTHS},
@@ -272,7 +272,7 @@ _TABLE = (
     MetricSpec(
         name="symile_contrastive_batch_accuracy_ratio",
         kind="gauge",
-        help="Retrieval accuracy among this rank's rows of a training batch (at most 256), from 0 to 1.",
+        help="Retrieval accuracy among rank 0's rows of a training batch (at most 256), from 0 to 1.",
         unit="ratio",
         labels=("query",),
     ),
@@ -291,18 +291,24 @@ _TABLE = (
     MetricSpec(
         name="symile_contrastive_alignment",
         kind="gauge",
-        help="Mean squared distance of a sample's representations (Wang and Isola 2020): lower is closer.",
+        help=(
+            "Mean squared distance of a sample's representations (Wang and Isola 2020): lower is closer; of rank 0's "
+            "rows."
+        ),
     ),
     MetricSpec(
         name="symile_contrastive_uniformity",
         kind="gauge",
-        help="Log mean Gaussian potential of pairs (Wang and Isola 2020): 0 is collapsed, lower is more uniform.",
+        help=(
+            "Log mean Gaussian potential of pairs (Wang and Isola 2020): 0 is collapsed, lower is more uniform; of "
+            "rank 0's rows."
+        ),
         labels=("modality",),
     ),
     MetricSpec(
         name="symile_contrastive_effective_rank",
         kind="gauge",
-        help="Exp of the entropy of the normalized singular values: 1 is collapsed, D is full.",
+        help="Exp of the entropy of the normalized singular values: 1 is collapsed, D is full; of rank 0's rows.",
         unit="dimensions",
         labels=("modality",),
     ),

@@ -843,15 +843,15 @@ _PANELS: tuple[Panel, ...] = (
         key="batch_accuracy",
         title="Retrieval in the batch",
         description=(
-            "Among the rows of a rank's training batch, as a mean over the ranks. One direction behind the others: "
-            "that modality's encoder learns too slowly, or its data is poor."
+            "Among rank 0's rows of a training batch, 256 at most. One direction behind the others: that modality's "
+            "encoder learns too slowly, or its data is poor."
         ),
         dashboard="contrastive",
         row="Retrieval",
         unit="ratio",
         queries=(
             Query(
-                expression=_by("avg", _of("symile_contrastive_batch_accuracy_ratio", rank=True), "query"),
+                expression=_by("avg", _of("symile_contrastive_batch_accuracy_ratio"), "query"),
                 legend="{{run}} {{query}}",
             ),
         ),
@@ -882,7 +882,7 @@ _PANELS: tuple[Panel, ...] = (
     Panel(
         key="effective_rank",
         title="Effective rank",
-        description="Dimensions that a modality uses, on the rank with the fewest. Below 2: it collapses to a line.",
+        description="Dimensions that a modality uses, among rank 0's rows. Below 2: it collapses to a line.",
         dashboard="contrastive",
         row="Geometry",
         queries=(

@@ -84,6 +84,15 @@ def test_curves_are_keys_of_the_history() -> None:
             assert curve.label or curve.key.endswith("*"), f"{panel.key}: {curve.key} would stand there as it is"
 
 
+def test_what_rank_0_alone_serves_is_not_sought_on_a_chosen_rank() -> None:
+    alone = {name for name, spec in METRICS.items() if "rank 0" in spec.help}
+    assert {"symile_validation_loss", "symile_contrastive_batch_accuracy_ratio"} <= alone
+    for panel in PANELS.values():
+        for query in panel.queries:
+            for name in metrics_of(query.expression) & alone:
+                assert "$rank" not in query.expression, f"{panel.title}: {name} is there of rank 0 only"
+
+
 @pytest.mark.parametrize("key", PANELS)
 def test_no_panel_draws_a_line_per_rank(key: str) -> None:
     for query in PANELS[key].queries:
