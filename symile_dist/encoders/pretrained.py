@@ -31,7 +31,7 @@ class PretrainedEncoder(nn.Module):
         revision: branch, tag or commit on the hub: a commit keeps the weights what they are.
         part: of a model of several parts the one that encodes: `vision` or `text` of CLIP, `encoder` of Whisper.
         pooling: `pooler` (the model's own), `cls` (the first position), `mean` (over the positions that hold data), or
-            `none` (all positions: for `symile-dist shards encode` alone).
+            `none` (all positions: for `symile-dist shards encode`, and for `points`).
         projection: a linear map to the embedding; without it the output has the model's own width.
         frozen: the model's weights stay as they are, in evaluation mode, and only the projection is trained.
 
@@ -56,7 +56,7 @@ class PretrainedEncoder(nn.Module):
         if pooling not in ("pooler", "cls", "mean", "none"):
             raise ValueError(f"pooling must be pooler, cls, mean or none, not '{pooling}'")
         if pooling == "none" and projection:
-            raise ValueError("pooling=none emits sequences: set projection=false (for `symile-dist shards encode`)")
+            raise ValueError("pooling=none emits sequences: set projection=false (for `shards encode` or `points`)")
         if part is not None and part not in _PARTS:
             raise ValueError(f"part must be vision, text or encoder, not '{part}'")
         self.pooling, self.frozen = pooling, frozen
