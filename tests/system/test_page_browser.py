@@ -65,6 +65,13 @@ class Visit:
     def wait_for_text(self, selector: str, text: str) -> None:
         playwright.expect(self.page.locator(selector).first).to_contain_text(text, timeout=PATIENCE)
 
+    def wait_until(self, condition: Callable[[], bool], words: str) -> None:
+        """Of what comes with a later frame or message; meanwhile the page goes on."""
+        deadline = time.monotonic() + PATIENCE / 1000
+        while not condition():
+            assert time.monotonic() < deadline, words
+            self.page.wait_for_timeout(20)
+
     def show(self, selector: str) -> dict[str, float]:
         """Scrolls there; returns where it stands."""
         element = self.page.locator(selector).first
@@ -287,18 +294,22 @@ def test_zoom_hover_and_keyboard(run: Path, visit: Callable[..., Visit]) -> None
         here.page.mouse.move(box["x"] + box["width"] * 0.52, across)
         before = tooltip.inner_text()
         here.page.mouse.move(box["x"] + box["width"] * 0.8, across)
-        assert tooltip.inner_text() != before, "the tooltip stays at one step"
+        here.wait_until(lambda: tooltip.inner_text() != before, "the tooltip stays at one step")
 
+        other = here.page.locator("[data-panel=grad_norm] .chart")
+        whole = other.get_attribute("aria-label")
         here.page.mouse.move(box["x"] + box["width"] * 0.4, across)
         here.page.mouse.down()
         here.page.mouse.move(box["x"] + box["width"] * 0.6, across, steps=8)
         here.page.mouse.up()
         playwright.expect(here.page.locator("#reset")).to_be_visible(timeout=PATIENCE)
-        label = here.page.locator("[data-panel=grad_norm] .chart").get_attribute("aria-label")
+        here.wait_until(lambda: other.get_attribute("aria-label") != whole, "other charts do not follow")
+        label = other.get_attribute("aria-label")
         first, last = (int(each.replace(",", "")) for each in re.findall(r"steps ([\d,]+) to ([\d,]+)", label)[0])
         assert 1200 < first < 1900 and 2000 < last < 2700, f"other charts do not follow: {label}"
-        assert any(f"first={first}&last={last}" in asked for asked in here.requests), (
-            "the server was not asked for detail"
+        here.wait_until(
+            lambda: any(f"first={first}&last={last}" in asked for asked in here.requests),
+            "the server was not asked for detail",
         )
         here.page.locator("#reset").click()
         playwright.expect(here.page.locator("#reset")).to_be_hidden(timeout=PATIENCE)
@@ -345,12 +356,11 @@ def test_switches_change_what_is_drawn(run: Path, visit: Callable[..., Visit]) -
         here.open(url)
         here.show("[data-panel=loss] .chart")
 
-        def drawn() -> str:
-            here.page.wait_for_timeout(100)  # two frames
-            here.page.mouse.move(0, 0)
-            return str(here.page.evaluate("document.querySelector('[data-panel=loss] canvas').toDataURL()"))
+        def drawn(panel: str) -> str:
+            return str(here.page.evaluate(f"document.querySelector('[data-panel={panel}] canvas').toDataURL()"))
 
-        pictures = [drawn()]
+        here.page.mouse.move(0, 0)
+        pictures = [drawn("loss")]
         for press in (
             lambda: here.page.locator("label:has(#smooth)").click(),
             lambda: here.page.locator("label:has(#marks)").click(),
@@ -358,14 +368,13 @@ def test_switches_change_what_is_drawn(run: Path, visit: Callable[..., Visit]) -
             lambda: here.page.locator("[data-panel=loss] .legend button").first.click(),
         ):
             press()
-            pictures.append(drawn())
-        assert len(set(pictures)) == len(pictures), "a switch changes nothing"
-        stacked = "document.querySelector('[data-panel=phases] canvas').toDataURL()"
+            here.page.mouse.move(0, 0)
+            here.wait_until(lambda: drawn("loss") not in pictures, f"switch {len(pictures)} changes nothing")
+            pictures.append(drawn("loss"))
         here.show("[data-panel=phases] .chart")
-        before = here.page.evaluate(stacked)
+        before = drawn("phases")
         here.page.get_by_role("button", name=re.compile("^Shares: Phases")).click()
-        here.page.wait_for_timeout(100)
-        assert here.page.evaluate(stacked) != before
+        here.wait_until(lambda: drawn("phases") != before, "the switch to shares changes nothing")
 
 
 def test_survives_a_restart_of_its_server(run: Path, visit: Callable[..., Visit]) -> None:
@@ -383,8 +392,8 @@ def test_survives_a_restart_of_its_server(run: Path, visit: Callable[..., Visit]
         here.wait_for_text("#progress-words", "step 500 of")
         playwright.expect(here.page.locator("#connection")).to_be_empty(timeout=PATIENCE)
         playwright.expect(here.page.locator("#notices .notice")).to_have_count(0, timeout=PATIENCE)
-        label = here.page.locator("[data-panel=loss] .chart").get_attribute("aria-label")
-        assert "to 500:" in label, f"old curves are left: {label}"
+        chart = here.page.locator("[data-panel=loss] .chart")  # drawn a frame later than words are written
+        playwright.expect(chart).to_have_attribute("aria-label", re.compile("to 500:"), timeout=PATIENCE)
     here.complaints.clear()  # the browser's own: the server was not there
 
 
