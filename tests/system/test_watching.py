@@ -209,9 +209,11 @@ def test_nothing_that_watches_is_felt(
         done = threading.Event()
         hostile = threading.Thread(target=_pester, args=(noisy, done))
         hostile.start()
-        train(noisy)
-        done.set()
-        hostile.join(timeout=30)
+        try:
+            train(noisy)
+        finally:
+            done.set()  # else a run that fails would leave the thread, and the tests would never end
+            hostile.join(timeout=30)
     assert state_digests(noisy, 40) == state_digests(quiet, 40)
     there = {record["step"] for record in history(noisy)}
     assert there == set(range(1, 41)) - set(range(10, 20)), "the history goes on where the disk takes it again"
