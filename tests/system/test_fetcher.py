@@ -195,13 +195,24 @@ class TestFetching:
 
     def test_what_is_wanted_now_goes_before_what_is_wanted_soon(self, node: Node, proxy: FaultProxy) -> None:
         now, soon = (node.bucket.put(name, content(name, 640 * KB)) for name in ("now", "soon"))
-        cache, other = (node.client(node.storage(proxy.url, connections=1)) for _ in range(2))
+        storage = node.storage(proxy.url, connections=1)
+        cache, other = node.client(storage), node.client(storage)
+        asked, released = threading.Event(), threading.Event()
+
+        def first_waits(number: int, method: str, path: str) -> None:
+            asked.set()
+            released.wait(20)
+
+        proxy.fault = first_waits
         cache.hold([], [Piece(soon, 0, 640 * KB)])
-        wait_until(lambda: proxy.requests)
-        other.hold([Piece(now, 0, 640 * KB)])
+        assert asked.wait(20)
+        waiting = threading.Thread(target=other.hold, args=([Piece(now, 0, 640 * KB)],))
+        waiting.start()
+        wait_until(lambda: len(files(storage, "*.tmp")) == 2)  # the fetcher knows of both
+        released.set()
+        waiting.join(20)
         names = [path.rpartition("/")[2] for _, path, _ in proxy.requests]
-        assert names.index("now") <= 3  # one was under way, another granted
-        assert set(names[names.index("now") :][:10]) == {"now"}
+        assert names[:11] == ["soon", *["now"] * 10]  # one was under way
         wait_until(lambda: cache.counters()["bytes_cached"] == 1_280 * KB)
 
     def test_forgotten_bytes_are_fetched_again(self, node: Node) -> None:
