@@ -77,12 +77,12 @@ def candidate_lists(entries: Iterable[Entry]) -> CandidateLists:
 def entries_of_metadata(metadata: Sequence[Mapping[str, Any]], query: str, positive: str) -> list[Entry]:
     """Where every sample is a candidate of one query and says so: its keys `query` and `positive` (1, or 0).
 
-    Raises ValueError where a sample lacks a key or the flag is neither.
+    Raises ValueError where a sample lacks a key, or has null there, or the flag is neither.
     """
     entries = []
     for row, facts in enumerate(metadata):
         for key in (query, positive):
-            if key not in facts:
+            if facts.get(key) is None:  # null would make one query, called None, of all samples that have none
                 raise ValueError(
                     f"evaluation.candidates: a sample's metadata has no '{key}'; pack the split that names candidates "
                     "(of Symile-MIMIC val_retrieval or test)"
@@ -100,7 +100,7 @@ def entries_of_csv(
     """
     rows: dict[str, int] = {}
     for row, facts in enumerate(metadata):
-        if sample in facts:
+        if facts.get(sample) is not None:
             rows.setdefault(str(facts[sample]), row)
     candidates = read_candidates(path, query, positive, sample)
     entries = [Entry(asked, rows.get(named, -1), own) for asked, named, own in candidates]

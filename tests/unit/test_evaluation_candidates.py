@@ -86,6 +86,9 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         entries_of_metadata(rows, "label_hadm", "label")
     with pytest.raises(ValueError, match=r"'hadm_id' in the metadata is 20.*should be 1"):
         entries_of_metadata(rows, "label_hadm_id", "hadm_id")
+    # Null is no query: samples that have none would be one query, its positive among them.
+    with pytest.raises(ValueError, match="no 'label_hadm_id'"):
+        entries_of_metadata([*rows, {"label_hadm_id": None, "label": 1}], "label_hadm_id", "label")
     with pytest.raises(ValueError, match="query 'q' has two positives"):
         candidate_lists([Entry("q", 0, True), Entry("q", 1, True)])
     with pytest.raises(ValueError, match="none of the 2 queries"):
@@ -101,6 +104,9 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         entries_of_csv(path, rows, "query", "label", "sample")
     with pytest.raises(ValueError, match="none of its 2 candidates is among the samples by 'sample'"):
         entries_of_csv(path, rows, "query", "positive", "sample")
+    path.write_text("query,positive,sample\n1,1,None\n1,0,6\n")
+    named = [{"sample": None}, {"sample": 6}]
+    assert [entry.row for entry in entries_of_csv(path, named, "query", "positive", "sample")] == [-1, 1]
 
 
 @pytest.mark.parametrize(
