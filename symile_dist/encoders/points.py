@@ -28,8 +28,8 @@ class PointHead(nn.Module):
 
     def __init__(self, width: int, embedding_dim: int, largest_weight: float = 100.0) -> None:
         super().__init__()
-        if largest_weight <= 0:
-            raise ValueError(f"largest_weight must be positive, not {largest_weight}")
+        if not 0 < largest_weight < float("inf"):  # infinity times tanh(w / infinity) is not a number
+            raise ValueError(f"largest_weight must be positive and finite, not {largest_weight}")
         self.largest_weight = float(largest_weight)
         self.vectors = nn.Linear(width, embedding_dim, bias=False)
         self.weights = nn.Linear(width, 1, bias=False)
@@ -116,6 +116,7 @@ class Points(nn.Module):
                 if tokens.ndim == 2
                 else "encoder 'points': the encoder emits a sequence, whose positions are the points: set points=null"
             )
+        tokens = tokens.to(self.head.vectors.weight.dtype)  # encoders without weights emit float32 beside halves
         if self.tokens is not None:
             tokens = self.tokens(tokens).unflatten(1, (-1, self.width))
         return self.head(tokens, lengths)

@@ -28,6 +28,10 @@ def images() -> Tensor:
     return torch.randn(5, 1, 8, 16, generator=torch.Generator().manual_seed(0))
 
 
+def features() -> Tensor:
+    return torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+
+
 def texts() -> Padded:
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(1, 60, (length,), generator=generator) for length in (1, 12, 5, 7, 2)]
@@ -42,6 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[], Inputs], int | None]] =
     "transformer": ("text_transformer_points", TEXT, texts, 12),
     "transformer, uncounted": ("text_transformer_points", {**TEXT, "count_padding": False}, texts, None),
     "of a vector": ("points", {"encoder": "image_convnet", "width": 16, "points": 3}, images, 3),
+    "of features as they are": ("points", {"encoder": "identity", "width": 16, "points": 3}, features, 3),
     "of a text": ("points", {"encoder": {"name": "text_convnet", "width": 16}, "width": 16, "points": 3}, texts, 3),
 }
 
@@ -203,6 +208,7 @@ def test_what_does_not_go_together_is_told() -> None:
         ({"encoder": "image_convnt"}, "did you mean 'image_convnet'"),
         ({"encoder": "image_convnet", "points": 0}, "points must be at least 1"),
         ({"encoder": "image_convnet", "largest_weight": 0}, "largest_weight must be positive"),
+        ({"encoder": "image_convnet", "largest_weight": float("inf")}, "largest_weight must be positive and finite"),
     ]:
         with pytest.raises(ValueError, match=words):
             build("points", options, ENCODERS, "encoder", embedding_dim=DIM)(images())
