@@ -279,6 +279,10 @@ def test_positive_and_negative_scores() -> None:
     outputs = Outputs(dict.fromkeys("abc", perfect), torch.tensor(1.0))
     metrics = SymileObjective(seed=0)(outputs, batch_of(torch.ones(8, dtype=torch.bool)), 0).metrics
     assert (float(metrics["positive_score"]), float(metrics["negative_score"])) == (1.0, 0.0)
+    # A rank with a single row has no negatives: shifted, its row would be the positive itself.
+    outputs = Outputs(dict.fromkeys("abc", perfect[:1]), torch.tensor(1.0))
+    metrics = SymileObjective(seed=0)(outputs, batch_of(torch.ones(1, dtype=torch.bool)), 0).metrics
+    assert (float(metrics["positive_score"]), float(metrics["negative_score"])) == (1.0, 0.0)
 
 
 def test_similarities() -> None:
