@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,10 @@ from symile_dist.types import Batch, Fault, Representation, StepReport
 from symile_dist.validate import HeldOutPart, embeddings_of, held_out_parts, telling
 
 logger = logging.getLogger(__name__)
+
+PATIENCE = timedelta(days=1)
+"""How long processes wait for each other, where torch has 10 minutes on GPUs: rank 0 fits probes alone, perhaps for
+hours. When one dies, torchrun ends them all."""
 
 
 def split_directory(config: Config, split: str) -> str:
@@ -62,7 +67,7 @@ def processes_of_torchrun(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield
     finally:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 from symile_dist.config import parse_config
 from symile_dist.data.manifest import index_directory
-from symile_dist.distributed import gather_objects, rank
+from symile_dist.distributed import broadcast_object, gather_objects, rank
 from symile_dist.evaluation.embeddings import load_embeddings
 from symile_dist.tools.evaluate import evaluate_run
+from symile_dist.tools.monitoring.prometheus import free_port
+from symile_dist.tools.trained import processes_of_torchrun
 from tests.processes import run_distributed
 from tests.shards import config_text, write_shards
 from tests.untrained import untrained_run
@@ -45,3 +53,20 @@ def test_evaluate_on_two_processes(tmp_path: Path) -> None:
     assert one.labels == two.labels and one.metadata == two.metadata and len(one.labels) == 29
     for name, vectors in one.vectors.items():
         assert two.vectors[name] == pytest.approx(vectors, abs=1e-5), name
+
+
+def busy_on_rank_0(number: int, port: int) -> None:
+    """As a process of torchrun's, where torch's own patience is a second."""
+    os.environ.update(RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if "lo" in [name for _, name in socket.if_nameindex()]:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    short = patch("torch.distributed.distributed_c10d.default_pg_timeout", timedelta(seconds=1))
+    with short, processes_of_torchrun(torch.device("cpu")):
+        assert gather_objects(rank()) == [0, 1]
+        if rank() == 0:
+            time.sleep(3)
+        assert broadcast_object({"rank": rank()}) == {"rank": 0}
+
+
+def test_processes_wait_for_one_that_fits_probes_longer_than_torch_waits() -> None:
+    mp.spawn(busy_on_rank_0, (free_port(),), nprocs=2)
