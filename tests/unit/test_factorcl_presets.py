@@ -206,4 +206,10 @@ def test_simclr_contrasts_each_view_with_all_others() -> None:
     logits = (z @ z.T / 0.07).fill_diagonal_(-torch.inf)
     want = torch.nn.functional.cross_entropy(logits, torch.arange(8).roll(4))
     torch.testing.assert_close(report.loss.float(), want)
+    # What a row holds that is not valid reaches neither loss nor gradients.
+    vectors["x1"][2] = torch.nan
+    again = objective(Outputs(vectors, torch.tensor(1.0)), batch, 0)
+    torch.testing.assert_close(again.loss, report.loss)
+    for gradient in torch.autograd.grad(again.loss, [*objective.parameters()]):
+        assert gradient.isfinite().all()
     assert list(objective.embeddings(vectors)) == ["x1.encoder", "x2.encoder"] and objective.similarity is None

@@ -28,7 +28,8 @@ class SimCLRObjective(nn.Module):
         self.temperature = temperature
 
     def forward(self, outputs: Outputs, batch: Batch, step: int) -> StepReport:
-        vectors = list(outputs.representations.values())[:2]
+        # No value of an invalid row, not even NaN, may reach a head's gradient.
+        vectors = [torch.where(batch.valid[:, None], v, 0.0) for v in list(outputs.representations.values())[:2]]
         everyone = GlobalBatch(
             [head(v).float() for head, v in zip(self.heads, vectors, strict=True)], batch.valid, None
         )
