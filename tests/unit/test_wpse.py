@@ -397,6 +397,8 @@ def test_objective_draws_new_features_in_training_and_keeps_them_in_evaluation(f
     assert first["a"].shape == (5, DIMENSION + 32)
     fixed = objective.loss(sets, 7.0, step=1, valid=batch.valid, fixed_features=True)
     assert objective(outputs, batch, 1).loss.item() == pytest.approx(fixed.item(), rel=1e-12)
+    if form == "pairwise":  # in the other one negatives are drawn for the step
+        assert objective(outputs, batch, 2).loss.item() == pytest.approx(fixed.item(), rel=1e-12)
     assert not torch.equal(first["a"], objective.loss.embed(sets, 0)[0])
     kind = MIPSimilarity if form == "symile" else SumSimilarity
     assert isinstance(objective.similarity, kind) and objective.bounds_total_correlation
