@@ -440,6 +440,9 @@ def _probe(
     for done, (name, parts) in enumerate(wanted.items()):
         progress("probes", done, len(wanted))
         train, validation, test = (_probed(split, parts, list(config.modalities)) for split in splits)
+        for split, samples in (("training", train), ("validation", validation), ("evaluated", test)):
+            if not samples.samples:
+                raise ValueError(f"--probe {name}: no sample of the {split} split has {' and '.join(parts)}")
         result = logistic_probe(train, validation, test)
         hits = torch.from_numpy(result.hits).double()
         (spread,) = bootstrap_means([hits], config.evaluation.resamples, config.seed)

@@ -259,7 +259,9 @@ class SymileObjective(nn.Module):
             raise ValueError(f"objective 'symile': {problem}")  # before any work starts
 
     def candidates(self, global_batch_size: int, modalities: int) -> int:
-        """Of every anchor: its positive and its negatives."""
+        """Of every anchor: its positive and its negatives. With pairs beside them the loss is no estimate by these."""
+        if self.loss.pairwise_weight:
+            return global_batch_size
         if self.loss.negative_sampling == "n_squared":
             return int(global_batch_size ** (modalities - 1))
         return global_batch_size * (self.loss.sheets or 1)

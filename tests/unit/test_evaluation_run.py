@@ -496,6 +496,16 @@ def test_a_probe_of_samples_without_labels_is_refused(
     assert not list((run / "evaluation").iterdir())
 
 
+def test_a_probe_of_what_no_sample_of_a_split_has_says_which(data: Path, tmp_path: Path) -> None:
+    """Each sample has one of the two modalities, none has both."""
+    lacking = {number: "ab"[number % 2] for number in range(8)}
+    index_directory(write_shards(tmp_path / "either", (4, 4), without=lacking))
+    options = [f"data.validation={tmp_path / 'either'}", f"data.test={data / 'val'}", "data.require=1"]
+    run = untrained_run(configured(data, tmp_path, *options))
+    with pytest.raises(ValueError, match=r"--probe a\+b: no sample of the validation split has a and b"):
+        evaluate_run(run, metrics=(), probe=["a+b"], write=False)
+
+
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
     """Of 20 samples the last four cannot be read."""
@@ -613,7 +623,10 @@ def test_a_model_that_diverged_still_gives_json(data: Path, tmp_path: Path, caps
     assert found["loss"] is None and found["total_correlation_bound"] is None
 
 
-@pytest.mark.parametrize(("objective", "factor"), [("n", None), ("n_squared", 12), ("sheets, sheets: 3", 3)])
+@pytest.mark.parametrize(
+    ("objective", "factor"),
+    [("n", None), ("n_squared", 12), ("sheets, sheets: 3", 3), ("n_squared, pairwise_weight: 0.1", None)],
+)
 def test_more_candidates_than_the_batch_give_an_estimate(run: Path, objective: str, factor: int | None) -> None:
     """Beside the bound, which holds for N of them."""
     section = f"objective={{name: symile, negative_sampling: {objective}}}"
