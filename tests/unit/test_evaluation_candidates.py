@@ -186,10 +186,11 @@ def test_of_candidates_that_tie_one_is_taken_at_random_by_the_seed() -> None:
         assert abs(np.mean(values) - want) < 4 * np.std(values) / len(values) ** 0.5 and np.std(values) > 0, k
 
 
-def test_constants_are_at_chance() -> None:
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_constants_are_at_chance(value: float) -> None:
     count = 400
     entries = [Entry(str(query), query * 10 + place, place == 0) for query in range(count) for place in range(10)]
-    constant = {name: torch.ones(count * 10, 3) for name in "abc"}
+    constant = {name: torch.full((count * 10, 3), value) for name in "abc"}
     found = retrieve_among(MIPSimilarity(), constant, A_FROM_BC, candidate_lists(entries))
     assert abs(found.accuracy - 0.1) < 4 * (0.1 * 0.9 / count) ** 0.5, "the positive stands first, but is not preferred"
 

@@ -64,6 +64,11 @@ def test_standardisation() -> None:
     scaled = [Split(np.asarray(split.features) * scale + 7, split.targets) for split in SPLITS]
     equal = logistic_probe(*SPLITS, standardize=True)
     assert logistic_probe(*scaled, standardize=True).accuracy == pytest.approx(equal.accuracy, abs=0.01)
+    # By the training split's mean and deviation: samples of one class alone are judged as they are among the others.
+    train, validation, test = SPLITS
+    rows = np.asarray(test.targets) == "class 1"
+    alone = Split(np.asarray(test.features)[rows], np.asarray(test.targets)[rows])
+    assert np.array_equal(logistic_probe(train, validation, alone, standardize=True).hits, equal.hits[rows])
 
 
 def test_classes_may_be_lacking_in_a_split() -> None:
