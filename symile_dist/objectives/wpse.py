@@ -77,7 +77,7 @@ class WPSELoss:
             raise ValueError("negative_sampling and sheets go with form='symile'; 'pairwise' takes every other row")
         if len(alphas) != 2 or min(alphas) < 0 or not 0 < sum(alphas) < float("inf"):
             raise ValueError(f"alphas = {list(alphas)} should be two numbers of 0 or more, not both 0")
-        if not isinstance(features, int) or features < 1:
+        if not isinstance(features, int) or isinstance(features, bool) or features < 1:
             raise ValueError(f"features = {features!r} should be an integer of 1 or more")
         if not 0 < epsilon < float("inf"):
             raise ValueError(f"epsilon = {epsilon} should be positive and finite")

@@ -358,6 +358,7 @@ def test_wrong_arguments_are_told() -> None:
         ({"alphas": (1, -1)}, "two numbers of 0 or more"),
         ({"epsilon": 0}, "epsilon = 0 should be positive"),
         ({"features": 0}, "features = 0 should be an integer of 1 or more"),
+        ({"features": True}, "features = True should be an integer of 1 or more"),
         ({"negative_sampling": "n"}, "go with form='symile'"),
         ({"form": "symile", "negative_sampling": "m"}, "unknown negative_sampling 'm'"),
     ],
