@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, combinations
@@ -106,16 +106,7 @@ def evaluate_run(
     Raises ValueError for a run, step, split or option that does not exist, CheckpointError for a damaged checkpoint,
     and RunFailed where more samples are unreadable than data.max_bad_fraction, or any with data.on_error = stop.
     """
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown:
-        raise ValueError(f"--metrics {unknown[0]}: choose some of {', '.join(METRICS)}, or none")
-    if resamples is not None and resamples < 2:
-        raise ValueError(f"--resamples {resamples}: a standard error needs two or more")
-    for option, limit in (("--max-samples", max_samples), ("--probe-samples", probe_samples)):
-        if limit is not None and limit < 1:
-            raise ValueError(f"{option} {limit}: should be 1 or more")
-    if directions is not None and not directions:
-        raise ValueError("--directions names none: --metrics statistics leaves retrieval out")
+    _check_options(metrics, resamples, {"--max-samples": max_samples, "--probe-samples": probe_samples}, directions)
     if export is not None:
         _check_export(Path(export))
     metadata = list(dict.fromkeys(metadata))
@@ -133,14 +124,8 @@ def evaluate_run(
         if chosen and chosen.file and chosen.sample:
             read_candidates(chosen.file, chosen.query, chosen.positive, chosen.sample)
         directory = shards or split_directory(config, split)
-        for other in ("train", "validation") if probe else ():
-            if Path(split_directory(config, other)).resolve() == Path(directory).resolve() and rank() == 0:
-                logger.warning(
-                    "--probe: %s holds the %s samples, to which the probe itself is fitted: its accuracy is not one of "
-                    "held-out samples (data.test=FOLDER or --shards FOLDER names others)",
-                    directory,
-                    other,
-                )
+        if probe:
+            _warn_where_probes_are_fitted(config, directory)
         found = trained.parts(directory, max_samples, list(dict.fromkeys([*keys, *metadata])), progress)
         manifest = read_manifest(folder)
         # Of what a user may have got wrong, all that can be told before the pass is told before it.
@@ -200,6 +185,37 @@ def evaluate_run(
         if write and measured and rank() == 0:
             write_results(config.run_directory / RESULTS, results, max_samples, figure)
     return results
+
+
+def _check_options(
+    metrics: Sequence[str],
+    resamples: int | None,
+    limits: Mapping[str, int | None],
+    directions: Sequence[str] | None,
+) -> None:
+    """Raises ValueError for an option that cannot be; `limits` are the numbers of samples, by option."""
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown:
+        raise ValueError(f"--metrics {unknown[0]}: choose some of {', '.join(METRICS)}, or none")
+    if resamples is not None and resamples < 2:
+        raise ValueError(f"--resamples {resamples}: a standard error needs two or more")
+    for option, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise ValueError(f"{option} {limit}: should be 1 or more")
+    if directions is not None and not directions:
+        raise ValueError("--directions names none: --metrics statistics leaves retrieval out")
+
+
+def _warn_where_probes_are_fitted(config: Config, directory: str) -> None:
+    """Warns of a folder whose samples a probe is fitted to, before it is judged by them."""
+    for other in ("train", "validation"):
+        if Path(split_directory(config, other)).resolve() == Path(directory).resolve() and rank() == 0:
+            logger.warning(
+                "--probe: %s holds the %s samples, to which the probe itself is fitted: its accuracy is not one of "
+                "held-out samples (data.test=FOLDER or --shards FOLDER names others)",
+                directory,
+                other,
+            )
 
 
 def _as_overrides(
