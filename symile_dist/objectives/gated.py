@@ -48,7 +48,7 @@ class Gate(nn.Module):
         super().__init__()
         self.queries = nn.ModuleList([Projection(embedding_dim, hidden) for _ in range(number)])
         self.keys = nn.ModuleList([Projection(embedding_dim, hidden) for _ in range(number)])
-        self.null = nn.Parameter(torch.full((number, number), null_init))
+        self.null = nn.Parameter(torch.full((number, number), float(null_init)))
         # The direction of ones leaves a product as it is but for a factor: a modality of which nothing is taken.
         self.neutral = nn.Parameter(torch.ones(number, embedding_dim))
 

@@ -143,6 +143,12 @@ def test_the_gated_score_is_that_of_the_formula(present: list[int]) -> None:
     torch.testing.assert_close(rows, scores.diagonal()[:5])
 
 
+def test_gates_may_begin_at_a_whole_number() -> None:
+    """As `null_init: -2` in a config is one."""
+    null = GatedSymileObjective(0, NAMES, DIMENSION, null_init=-2).gate.null
+    assert null.dtype == torch.float32 and null.requires_grad and bool((null == -2).all())
+
+
 def test_the_gated_loss_contrasts_each_anchor_with_permuted_others() -> None:
     torch.manual_seed(2)
     valid = [True, True, False, True, True, True, True]
