@@ -37,6 +37,10 @@ class LogMel(nn.Module):
 
     def __init__(self, sample_rate: int, n_fft: int, hop: int, n_mels: int) -> None:
         super().__init__()
+        if not min(sample_rate, n_fft, hop, n_mels) >= 1:
+            raise ValueError(
+                f"sample_rate = {sample_rate}, n_fft = {n_fft}, hop = {hop} and n_mels = {n_mels} should be 1 or more"
+            )
         self.sample_rate, self.n_fft, self.hop, self.n_mels = sample_rate, n_fft, hop, n_mels
         self.register_buffer("window", torch.empty(0), persistent=False)
         self.register_buffer("filters", torch.empty(0), persistent=False)
@@ -94,6 +98,8 @@ class AudioConvNet(nn.Module):
         layers: int = 3,
     ) -> None:
         super().__init__()
+        if layers < 1:
+            raise ValueError(f"layers = {layers} should be 1 or more")
         self.features = LogMel(sample_rate, n_fft, hop, n_mels)
         # The first layer halves the frame rate: neighbouring frames overlap and say nearly the same.
         self.layers = nn.ModuleList(

@@ -184,6 +184,9 @@ def test_values_of_another_number_and_ids_beyond_the_vocabulary_are_told() -> No
 
 
 def test_options_that_make_no_sense() -> None:
+    for option in ("sample_rate", "n_fft", "hop", "n_mels", "layers"):
+        with pytest.raises(ValueError, match=rf"{option} = 0.* should be 1 or more"):
+            AudioConvNet(DIM, **{option: 0})
     with pytest.raises(ValueError, match="odd"):
         TextConvNet(DIM, kernel=4)
     with pytest.raises(ValueError, match="grid"):
