@@ -5,9 +5,10 @@ Their vectors need no normalisation at the end: the objective brings every point
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,24 +18,58 @@ from symile_dist.encoders.pretrained import layers_of
 from symile_dist.encoders.text import TextConvNet, check_ids
 from symile_dist.hub import import_transformers
 from symile_dist.registry import ENCODERS, build, check_options, resolve
+from symile_dist.seeding import philox
 from symile_dist.types import Inputs, Padded, PointSet
+
+
+class Landmarks(nn.Module):
+    """Places that do not depend on the sample: the j-th point is at the j-th of `count` fixed unit vectors.
+
+    They lie about at random, and are the same in every encoder that has as many of the same dimension.
+    """
+
+    vectors: Tensor
+
+    def __init__(self, count: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.count, self.embedding_dim = count, embedding_dim
+        self.register_buffer("vectors", torch.empty(0), persistent=False)
+        self._fill(torch.empty(0).device)
+
+    def _fill(self, device: torch.device) -> None:
+        drawn = np.random.Generator(philox("landmarks")).standard_normal((self.count, self.embedding_dim))
+        unit = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+        self.vectors = torch.from_numpy(unit.astype(np.float32)).to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Module.bfloat16() would round them, and to_empty() would lose them: they are made anew.
+        super()._apply(fn, recurse)
+        self._fill(self.vectors.device)
+        return self
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(n, count, width) tokens -> (n, count, D)."""
+        return self.vectors.to(tokens.dtype).expand(len(tokens), -1, -1)
 
 
 class PointHead(nn.Module):
     """Tokens x_j -> points v_j = W_v x_j with weights w_j = a tanh(W_w x_j / a), a being the largest weight.
 
-    arXiv 2404.19228, section 5; initialised as the authors' public code has it.
+    arXiv 2404.19228, section 5; initialised as the authors' public code has it. With `landmarks`, their number, the
+    tokens give the weights alone.
     """
 
-    def __init__(self, width: int, embedding_dim: int, largest_weight: float = 100.0) -> None:
+    def __init__(
+        self, width: int, embedding_dim: int, largest_weight: float = 100.0, landmarks: int | None = None
+    ) -> None:
         super().__init__()
         if not 0 < largest_weight < float("inf"):  # infinity times tanh(w / infinity) is not a number
             raise ValueError(f"largest_weight must be positive and finite, not {largest_weight}")
         self.largest_weight = float(largest_weight)
-        self.vectors = nn.Linear(width, embedding_dim, bias=False)
+        self.vectors = Landmarks(landmarks, embedding_dim) if landmarks else nn.Linear(width, embedding_dim, bias=False)
         self.weights = nn.Linear(width, 1, bias=False)
-        for layer in (self.vectors, self.weights):
-            nn.init.normal_(layer.weight, std=width**-0.5)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=width**-0.5)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> PointSet:
         """(n, T, width) tokens, of which the first (n,) `lengths` count, all of them when left out."""
@@ -62,6 +97,8 @@ class Points(nn.Module):
         width: length of the vectors that it emits.
         points: how many of a vector; null for an encoder that emits a sequence.
         largest_weight: in absolute value.
+        landmarks: the points of a vector stay at fixed places, the same in all modalities, and only their weights are
+            learned. Points that learn their places tend to gather in one, where they can say one thing only.
     """
 
     def __init__(
@@ -71,10 +108,17 @@ class Points(nn.Module):
         width: int = 256,
         points: int | None = 8,
         largest_weight: float = 100.0,
+        landmarks: bool = False,
     ) -> None:
         super().__init__()
         if points is not None and points < 1:
             raise ValueError(f"points must be at least 1, not {points}")
+        if not isinstance(landmarks, bool):
+            raise ValueError(f"landmarks should be true or false, not {landmarks!r}")
+        if landmarks and points is None:
+            raise ValueError(
+                "landmarks go with a number of points: positions of a sequence have no places of their own"
+            )
         name, options = _name_and_options(encoder)
         self.encoder = build(name, options, ENCODERS, "encoder", embedding_dim=width)
         self.takes_float32 = getattr(self.encoder, "takes_float32", False)
@@ -83,7 +127,7 @@ class Points(nn.Module):
         self.tokens = None
         if points:
             self.tokens = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, points * width), nn.GELU())
-        self.head = PointHead(width, embedding_dim, largest_weight)
+        self.head = PointHead(width, embedding_dim, largest_weight, points if landmarks else None)
 
     @staticmethod
     def check(encoder: str | Mapping[str, Any], **options: object) -> None:
@@ -116,7 +160,7 @@ class Points(nn.Module):
                 if tokens.ndim == 2
                 else "encoder 'points': the encoder emits a sequence, whose positions are the points: set points=null"
             )
-        tokens = tokens.to(self.head.vectors.weight.dtype)  # encoders without weights emit float32 beside halves
+        tokens = tokens.to(self.head.weights.weight.dtype)  # encoders without weights emit float32 beside halves
         if self.tokens is not None:
             tokens = self.tokens(tokens).unflatten(1, (-1, self.width))
         return self.head(tokens, lengths)
@@ -326,4 +370,13 @@ class TextTransformerPoints(nn.Module):
         return self.head(tokens, None if self.count_padding else lengths)
 
 
-__all__ = ["ImagePoints", "PointHead", "Points", "TextPoints", "TextTransformerPoints", "ViTPoints", "lengths_of"]
+__all__ = [
+    "ImagePoints",
+    "Landmarks",
+    "PointHead",
+    "Points",
+    "TextPoints",
+    "TextTransformerPoints",
+    "ViTPoints",
+    "lengths_of",
+]

@@ -48,7 +48,7 @@ class WPSELoss:
             "symile": the Symile loss of features whose multilinear inner product has the kernel of all modalities as
             its mean (`objectives.kernels`); with two modalities the kernel is the paper's.
         kernel: "gaussian", exp(-r^2 / (2 sigma^2)), or "imq", c / sqrt(c^2 + r^2).
-        bandwidth: sigma or c, for two unit vectors; "symile" widens it with the number of modalities (`make_kernel`).
+        bandwidth: sigma or c, for two modalities; "symile" widens it with their number (`make_kernel`).
         alphas: how much the linear and the kernel similarity count; one of them may be 0.
         features: D in the paper, the number of random features.
         epsilon: vectors are divided by their length or by this, whatever is larger.
@@ -293,7 +293,7 @@ def point_set_similarity(
     """The similarity of all combinations of samples, by the sum over all tuples of points -> (n_1, ..., n_M).
 
     For M = 2 the paper's (arXiv 2404.19228, section 4); for more, the multilinear inner product, times D^(M/2 - 1), and
-    the kernel of the alternating sum v^_1 - v^_2 + v^_3 - ... (`objectives.kernels`).
+    the kernel of the mean over pairs of their squared distance (`objectives.kernels`).
     """
     number = len(sets)
     flat, weights = [], []
@@ -306,11 +306,11 @@ def point_set_similarity(
         """The tensor's dimensions at those of the M-dimensional array of all tuples."""
         return tensor.reshape([len(flat[m]) if m in axes else 1 for m in range(number)])
 
-    squares = flat[0].new_zeros(())
+    squares = flat[0].new_zeros(())  # r^2 = 2 / (M (M - 1)) ((M - 1) sum_m |v_m|^2 - 2 sum_(m < k) v_m . v_k)
     for m, vectors in enumerate(flat):
-        squares = squares + along(vectors.square().sum(dim=1), m)
+        squares = squares + 2 / number * along(vectors.square().sum(dim=1), m)
     for m, k in combinations(range(number), 2):
-        squares = squares + 2 * (-1) ** (m + k) * along(flat[m] @ flat[k].T, m, k)
+        squares = squares - 4 / (number * (number - 1)) * along(flat[m] @ flat[k].T, m, k)
     letters = "abcdefghijk"[:number]
     products = torch.einsum(",".join(f"{letter}z" for letter in letters) + "->" + letters, *flat)
     values = alphas[0] * flat[0].shape[1] ** (number / 2 - 1) * products + alphas[1] * kernel(squares.clamp(min=0))
@@ -356,14 +356,13 @@ def _sum_of_waves(vectors: Tensor, weights: Tensor, waves: Waves, number: int) -
     Some samples at a time where they are many: their cosines are then computed once more in the backward pass, and
     never are all in memory.
     """
-    frequencies = waves.frequencies.to(vectors.device, vectors.dtype, non_blocking=True)
-    moved = Waves(frequencies, waves.phases.to(vectors.device, vectors.dtype, non_blocking=True))
+    moved = Waves(*(tensor.to(vectors.device, vectors.dtype, non_blocking=True) for tensor in waves))
 
     def of_block(vectors: Tensor, weights: Tensor) -> Tensor:
         return _weighted_sum(weights, moved(vectors, number))
 
     n, length = weights.shape
-    height = max(1, COSINES.get(vectors.device.type, COSINES["cuda"]) // (length * len(frequencies)))
+    height = max(1, COSINES.get(vectors.device.type, COSINES["cuda"]) // (length * waves.phases.shape[1]))
     if height >= n:
         return of_block(vectors, weights)
     blocks = zip(vectors.split(height), weights.split(height), strict=True)

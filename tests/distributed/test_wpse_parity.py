@@ -120,7 +120,8 @@ def reference(name: str, number: int, valid: str) -> Figures:
         for row in range(BATCH):
             emitted = tokens[m][row, : int(sizes[m, row])] @ weights[m]
             unit = emitted[:, :DIMENSION] / emitted[:, :DIMENSION].norm(dim=1, keepdim=True)
-            cosines = (unit @ frequencies.T + phases[m if factors == number else 0]).cos()
+            own = m if factors == number else 0
+            cosines = (unit @ frequencies[own].T + phases[own]).cos()
             blocks = [
                 (ALPHAS[0] * DIMENSION ** (factors / 2 - 1)) ** (1 / factors) * unit,
                 (ALPHAS[1] * 2 ** (factors - 1) / FEATURES) ** (1 / factors) * cosines,

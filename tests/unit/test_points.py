@@ -139,6 +139,35 @@ def test_weights_follow_the_formula() -> None:
     assert torch.allclose(vectors, tokens @ head.vectors.weight.T)
 
 
+def test_landmarks_are_the_same_in_every_encoder_and_stay() -> None:
+    options: dict[str, Any] = {"width": 8, "points": 5, "landmarks": True}
+    first = Points(DIM, {"name": "mlp", "input_dim": 3}, **options)
+    second = Points(DIM, {"name": "mlp", "input_dim": 4, "hidden": [6]}, **options)
+    one, other = first(torch.randn(2, 3)), second(torch.randn(7, 4))
+    assert one.vectors.shape == (2, 5, DIM) and one.sizes.tolist() == [5, 5]
+    assert torch.equal(one.vectors[0], other.vectors[-1]) and torch.equal(one.vectors[0], one.vectors[1])
+    assert torch.allclose(one.vectors[0].norm(dim=1), torch.ones(5))
+    assert torch.pdist(one.vectors[0]).min() > 0.1
+    assert [name for name, _ in first.head.named_parameters()] == ["weights.weight"]
+    assert "head.vectors.vectors" not in first.state_dict()
+    with torch.device("meta"):
+        empty = Points(DIM, {"name": "mlp", "input_dim": 3}, **options)
+    for again in (empty.to_empty(device="cpu"), first.bfloat16().float()):
+        assert torch.equal(again.head.vectors(torch.zeros(1, 5, 8)), one.vectors[:1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"points": None, "landmarks": True}, "landmarks go with a number of points"),
+        ({"landmarks": "yes"}, "landmarks should be true or false"),
+    ],
+)
+def test_landmarks_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Points(DIM, {"name": "mlp", "input_dim": 3}, **options)
+
+
 def test_published_padding_counts_and_has_embeddings_of_its_own() -> None:
     encoder, (values, _) = make("transformer"), texts()
     short, longer = (Padded(values[1:2], torch.tensor([length])) for length in (5, 6))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 from unittest.mock import patch
 
@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from symile_dist.encoders.points import Points
 from symile_dist.objectives import PairwiseClipLoss, SymileLoss, WPSELoss, WPSEObjective, wpse
-from symile_dist.objectives.kernels import draw_waves, make_kernel
+from symile_dist.objectives.kernels import draw_waves, make_kernel, simplex
 from symile_dist.objectives.reference import pairwise_clip_loss_reference
 from symile_dist.objectives.wpse import as_point_set, point_set_similarity, unit_points
 from symile_dist.registry import OBJECTIVES, build
@@ -64,33 +65,46 @@ def test_random_features_approximate_the_kernel(name: str, dimension: int) -> No
     assert (average - exact).abs().mean() <= 0.01, "the features are biased"
 
 
+def mean_of_pairs(vectors: list[Tensor]) -> Tensor:
+    """Of the squared distance between two of M tensors (..., D)."""
+    return torch.stack([(u - v).square().sum(dim=-1) for u, v in combinations(vectors, 2)]).mean(dim=0)
+
+
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("number", [3, 4])
+@pytest.mark.parametrize("number", [3, 4, 5])
 def test_random_features_of_several_vectors(name: str, number: int) -> None:
-    # The last vector runs from one that makes the alternating sum 0 to an independent one.
+    # From the same vector in all modalities to independent ones; they need not be of unit length.
     vectors = list(unit_vectors(number, 32, DIMENSION))
-    total = sum((-1) ** m * vector for m, vector in enumerate(vectors[:-1]))
     away = torch.linspace(0, 1, 32, dtype=torch.float64)[:, None]
-    vectors[-1] = torch.lerp(-((-1) ** (number - 1)) * total, vectors[-1], away)
+    vectors[1:] = [torch.lerp(vectors[0], vector, away) for vector in vectors[1:]]
     kernel = make_kernel(name, 0.5, number)
-    sums = sum((-1) ** m * vector for m, vector in enumerate(vectors))
-    exact = kernel(sums.square().sum(dim=1))
-    assert exact[0] == pytest.approx(1.0) and exact.min() < 0.6
+    exact = kernel(mean_of_pairs(vectors))
+    assert exact[0] == 1.0 and exact.min() < 0.5
     average, shared = torch.zeros(32), torch.zeros(32)
-    for draw in range(60):
+    for draw in range(120):
         waves = draw_waves(kernel, 1024, DIMENSION, number, draw)
         features = [waves(vector.float(), m) for m, vector in enumerate(vectors)]
-        average += torch.stack(features).prod(dim=0).sum(dim=1) / 60
-        one_phase = [waves(vector.float(), 0) for vector in vectors]
-        shared += torch.stack(one_phase).prod(dim=0).sum(dim=1) / 60
+        average += torch.stack(features).prod(dim=0).sum(dim=1) / 120
+        one_wave = [waves(vector.float(), 0) for vector in vectors]
+        shared += torch.stack(one_wave).prod(dim=0).sum(dim=1) / 120
     assert (average - exact).abs().max() <= 0.035
     if number == 3:
         assert shared.abs().max() <= 0.035, "with one phase the mean of a product of three is zero"
 
 
-def test_two_modalities_share_their_phases() -> None:
-    waves = draw_waves(make_kernel("gaussian", 0.5), 16, 3, 2, "key")
-    assert torch.equal(waves.phases[0], waves.phases[1])
+@pytest.mark.parametrize("number", [2, 3, 7])
+def test_simplex(number: int) -> None:
+    corners = simplex(number)
+    assert corners.shape == (number, number - 1)
+    expected = 2 / (number - 1) * (np.eye(number) - 1 / number)
+    np.testing.assert_allclose(corners @ corners.T, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_two_modalities_have_the_same_features(name: str) -> None:
+    waves = draw_waves(make_kernel(name, 0.5), 16, 3, 2, "key")
+    vectors = unit_vectors(8, 3).float()
+    assert torch.equal(waves(vectors, 0), waves(vectors, 1))
     assert waves.amplitude == pytest.approx((2 / 16) ** 0.5)
 
 
@@ -129,7 +143,7 @@ def test_similarity_is_the_sum_over_all_tuples_of_points(name: str, number: int)
                 .item()
             )
             linear = torch.stack(chosen).prod(dim=0).sum() * DIMENSION ** (number / 2 - 1)
-            square = sum((-1) ** m * v for m, v in enumerate(chosen)).square().sum()
+            square = mean_of_pairs(chosen)
             of_kernel = (
                 torch.exp(-square / (2 * 0.25 * number / 2))
                 if name == "gaussian"
@@ -282,6 +296,29 @@ def test_xor_is_learned_from_the_kernel_block_alone(kernel: str) -> None:
     for first, third in product((0, 1), repeat=2):
         right = first ^ third
         assert scores[first, right, third] > scores[first, 1 - right, third] + 0.05, f"a = {first}, c = {third}"
+
+
+def test_landmarks_learn_several_bits_from_the_kernel_block_alone() -> None:
+    """Points that learn their places gather, and stop at one bit or two."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"encoder": {"name": "mlp", "input_dim": 3}, "width": 32, "landmarks": True}
+    encoders = [Points(16, **options) for _ in range(3)]
+    log_scale = torch.nn.Parameter(torch.tensor(2.66))
+    optimizer = torch.optim.Adam([log_scale, *(p for e in encoders for p in e.parameters())], lr=0.01)
+    loss = WPSELoss(form="symile", alphas=(0, 1), bandwidth=0.3, features=512)
+    for step in range(80):
+        a, b = torch.randint(0, 2, (2, 128, 3))
+        sets = [encode(bits.float()) for encode, bits in zip(encoders, (a, b, a ^ b), strict=True)]
+        value = loss(sets, log_scale.exp(), step=step)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    every = torch.tensor(list(product((0, 1), repeat=3)))
+    with torch.no_grad():
+        of_a, of_b, of_c = (loss.embed([encode(every.float())] * 3, None)[m] for m, encode in enumerate(encoders))
+    for first, second in product(range(8), repeat=2):
+        asked = of_a[first] * of_c[first ^ second]
+        assert int((of_b @ asked).argmax()) == second, f"a = {first}, b = {second}"
 
 
 def test_pointwise_mutual_information_is_recovered_beyond_the_dimension() -> None:

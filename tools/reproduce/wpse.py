@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,17 +124,14 @@ DRAWS = 10
 
 
 def approximation_error(kernel: str, features: int, dimension: int = 512, number: int = 2) -> float:
-    """Mean |product of random features - kernel| over unit vectors whose alternating sums have all lengths."""
+    """Mean |product of random features - kernel| over unit vectors at all distances from each other."""
     generator = torch.Generator().manual_seed(0)
     vectors = torch.nn.functional.normalize(torch.randn(number, 256, dimension, generator=generator), dim=2)
-    signs = (-1.0) ** torch.arange(number)
-    others = torch.einsum("m,mnd->nd", signs[:-1], vectors[:-1])
     away = torch.linspace(0, 1, 256)[:, None]
-    vectors[-1] = torch.lerp(-signs[-1] * others, vectors[-1], away)
-    if number == 2:  # unit vectors again; of more the sum of all but one is longer
-        vectors[-1] = torch.nn.functional.normalize(vectors[-1], dim=1)
+    vectors[1:] = torch.nn.functional.normalize(torch.lerp(vectors[:1], vectors[1:], away), dim=2)
     chosen = make_kernel(kernel, 0.5, number)
-    exact = chosen(torch.einsum("m,mnd->nd", signs, vectors).square().sum(dim=1))
+    squares = [(u - v).square().sum(dim=1) for u, v in combinations(vectors, 2)]
+    exact = chosen(torch.stack(squares).mean(dim=0))
     errors = []
     for draw in range(DRAWS):
         waves = draw_waves(chosen, features, dimension, number, "approximation", draw)
@@ -281,9 +279,9 @@ def _pmi(lab: Lab, report: Report, found: dict[Any, dict[str, Any]]) -> None:
 # -- XOR ---------------------------------------------------------------------------------------------------------------
 
 XOR_SAMPLES = {"train": 10_000, "val": 1_000, "test": 2_000}
-XOR_STEPS = (400, 150, 10)
-XOR_BITS = (1, 3)
-XOR_POINTS = 16
+XOR_STEPS = (150, 100, 10)
+XOR_BITS = {1: (8, 512), 3: (8, 512), 5: (16, 2048)}
+"""-> points and random features."""
 XOR_FORMS = {"symile": "Symile-WPSE, kernel alone", "pairwise": "pairwise WPSE, kernel alone"}
 
 
@@ -301,13 +299,15 @@ def xor_bits_split(bits: int, split: str, count: int) -> Split:
 def _xor_trials(lab: Lab) -> dict[Any, Trial]:
     samples = {split: count // (10 if lab.tiny else 1) for split, count in XOR_SAMPLES.items()}
     trials: dict[Any, Trial] = {}
-    for bits in XOR_BITS[-1:] if lab.tiny else XOR_BITS:
+    for bits in [*XOR_BITS][-1:] if lab.tiny else XOR_BITS:
+        points, features = XOR_BITS[bits]
         data = lab.dataset(
             f"wpse-xor-{bits}{'-tiny' if lab.tiny else ''}",
             {"bits": bits, "samples": samples},
             lambda split, bits=bits: xor_bits_split(bits, split, samples[split]),  # type: ignore[misc]
             list(samples),
         )
+        encoder = _encoder(METHODS["gaussian"], "mlp", 32, points, input_dim=bits) | {"landmarks": True}
         for form in list(XOR_FORMS)[:1] if lab.tiny else XOR_FORMS:
             for seed in range(lab.seeds):
                 modalities = {
@@ -315,11 +315,12 @@ def _xor_trials(lab: Lab) -> dict[Any, Trial]:
                         "member": f"{name}.npy",
                         "decoder": "npy",
                         "transform": "tensor",
-                        "encoder": _encoder(METHODS["gaussian"], "mlp", 32, XOR_POINTS, input_dim=bits),
+                        "encoder": encoder,
                     }
                     for name in "abc"
                 }
-                objective = {"form": form, "alphas": [0, 1], "features": lab.size(512, 512, 64)}
+                objective = {"form": form, "alphas": [0, 1], "bandwidth": 0.3}
+                objective["features"] = lab.size(features, features, 64)
                 steps, batch = lab.size(*XOR_STEPS), lab.size(256, 256, 64)
                 content = _config(data, modalities, objective, seed, steps, batch, 16)
                 content["optimizer"]["lr"] = 1e-2
