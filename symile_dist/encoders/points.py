@@ -113,8 +113,6 @@ class Points(nn.Module):
         super().__init__()
         if points is not None and points < 1:
             raise ValueError(f"points must be at least 1, not {points}")
-        if not isinstance(landmarks, bool):
-            raise ValueError(f"landmarks should be true or false, not {landmarks!r}")
         if landmarks and points is None:
             raise ValueError(
                 "landmarks go with a number of points: positions of a sequence have no places of their own"

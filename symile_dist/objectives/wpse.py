@@ -153,7 +153,8 @@ class WPSELoss:
         if kernel:
             key = (self.seed, "evaluation" if step is None else step)
             chosen = make_kernel(self.kernel, self.bandwidth, number)
-            waves = draw_waves(chosen, self.features, dimension, number, *key)
+            drawn = draw_waves(chosen, self.features, dimension, number, *key)
+            waves = Waves(*(tensor.to(sets[0].vectors.device, non_blocking=True) for tensor in drawn))
         found = []
         with torch.autocast(sets[0].vectors.device.type, enabled=False):
             for m, points in enumerate(sets):
@@ -356,10 +357,10 @@ def _sum_of_waves(vectors: Tensor, weights: Tensor, waves: Waves, number: int) -
     Some samples at a time where they are many: their cosines are then computed once more in the backward pass, and
     never are all in memory.
     """
-    moved = Waves(*(tensor.to(vectors.device, vectors.dtype, non_blocking=True) for tensor in waves))
+    of_kind = Waves(*(tensor.to(vectors.dtype) for tensor in waves))
 
     def of_block(vectors: Tensor, weights: Tensor) -> Tensor:
-        return _weighted_sum(weights, moved(vectors, number))
+        return _weighted_sum(weights, of_kind(vectors, number))
 
     n, length = weights.shape
     height = max(1, COSINES.get(vectors.device.type, COSINES["cuda"]) // (length * waves.phases.shape[1]))

@@ -156,18 +156,6 @@ def test_landmarks_are_the_same_in_every_encoder_and_stay() -> None:
         assert torch.equal(again.head.vectors(torch.zeros(1, 5, 8)), one.vectors[:1])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"points": None, "landmarks": True}, "landmarks go with a number of points"),
-        ({"landmarks": "yes"}, "landmarks should be true or false"),
-    ],
-)
-def test_landmarks_that_cannot_be(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Points(DIM, {"name": "mlp", "input_dim": 3}, **options)
-
-
 def test_published_padding_counts_and_has_embeddings_of_its_own() -> None:
     encoder, (values, _) = make("transformer"), texts()
     short, longer = (Padded(values[1:2], torch.tensor([length])) for length in (5, 6))
@@ -236,6 +224,8 @@ def test_what_does_not_go_together_is_told() -> None:
         ({"encoder": {"width": 3}}, "should be a name, or a map with a name"),
         ({"encoder": "image_convnt"}, "did you mean 'image_convnet'"),
         ({"encoder": "image_convnet", "points": 0}, "points must be at least 1"),
+        ({"encoder": "image_convnet", "points": None, "landmarks": True}, "landmarks go with a number of points"),
+        ({"encoder": "image_convnet", "landmarks": "yes"}, "landmarks = 'yes' should be true or false"),
         ({"encoder": "image_convnet", "largest_weight": 0}, "largest_weight must be positive"),
         ({"encoder": "image_convnet", "largest_weight": float("inf")}, "largest_weight must be positive and finite"),
     ]:
